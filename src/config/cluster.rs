@@ -1,0 +1,353 @@
+//! The parts of the configuration that concern the process: NATS, addresses, discovery, logs.
+
+use garde::Validate;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::routing::{LoadBalancingConfig, RequestRoutingConfig};
+use crate::wire::WorkerId;
+
+/// The whole configuration. `ClusterConfig::default()` is a complete one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
+pub struct ClusterConfig {
+    /// What this process is.
+    pub mode: Mode,
+    /// How it reaches NATS.
+    #[garde(dive)]
+    pub nats: NatsConfig,
+    /// The controller and its web front-end.
+    #[garde(dive)]
+    pub controller: ControllerConfig,
+    /// How workers and controllers find each other.
+    #[garde(dive)]
+    pub discovery: DiscoveryConfig,
+    /// Workers that do not announce themselves.
+    #[garde(dive)]
+    pub workers: WorkersConfig,
+    /// Limits, retries and breakers.
+    #[serde(alias = "request_routing")]
+    #[garde(dive)]
+    pub request_routing: RequestRoutingConfig,
+    /// Who gets a request.
+    #[serde(alias = "load_balancing")]
+    #[garde(dive)]
+    pub load_balancing: LoadBalancingConfig,
+    /// What is remembered of ended requests.
+    #[serde(alias = "request_metrics")]
+    #[garde(dive)]
+    pub request_metrics: RequestMetricsConfig,
+    /// What is logged, and how.
+    pub logging: LoggingConfig,
+}
+
+/// What a process is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// A controller alone.
+    Controller,
+    /// A worker alone.
+    Worker,
+    /// Both.
+    #[default]
+    Both,
+}
+
+/// How NATS is reached.
+#[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
+pub struct NatsConfig {
+    /// Whether a server is started, expected, or not needed.
+    pub mode: NatsMode,
+    /// One URL or a list of them.
+    #[serde(alias = "server_url")]
+    pub server_url: ServerUrls,
+    /// User name.
+    pub user: Option<String>,
+    /// Password. Never shown.
+    pub password: Option<String>,
+    /// A `.creds` file.
+    #[serde(alias = "credentials_file")]
+    pub credentials_file: Option<String>,
+    /// Certificates.
+    pub tls: TlsConfig,
+    /// Put in front of every subject; many fleets on one NATS. Empty, or with its own trailing dot.
+    #[serde(alias = "subject_prefix")]
+    pub subject_prefix: String,
+    /// The server that `mode: embedded` starts.
+    pub embedded: EmbeddedNats,
+    /// How often the connection is probed, in milliseconds.
+    #[serde(alias = "ping_interval_ms")]
+    #[garde(range(min = 10))]
+    pub ping_interval_ms: u64,
+    /// With several servers, how long calls wait for the next one, in milliseconds.
+    #[serde(alias = "reconnect_grace_ms")]
+    pub reconnect_grace_ms: u64,
+    /// How long a first connection may take, in milliseconds.
+    #[serde(alias = "connect_timeout_ms")]
+    #[garde(range(min = 1))]
+    pub connect_timeout_ms: u64,
+}
+
+/// Whether a NATS server is started, expected, or not needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum NatsMode {
+    /// One is started with the controller, unless one answers on its port already.
+    #[default]
+    Embedded,
+    /// One is reached at `serverUrl`.
+    External,
+    /// None: local and HTTP workers only.
+    None,
+}
+
+/// One URL of a NATS server, or those of a cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum ServerUrls {
+    /// One server.
+    One(String),
+    /// The servers of a cluster.
+    Many(Vec<String>),
+}
+
+/// Certificates for NATS over TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct TlsConfig {
+    /// The authority that signed the server's certificate.
+    #[serde(alias = "ca_file")]
+    pub ca_file: Option<String>,
+    /// Our certificate.
+    #[serde(alias = "cert_file")]
+    pub cert_file: Option<String>,
+    /// Its key.
+    #[serde(alias = "key_file")]
+    pub key_file: Option<String>,
+}
+
+/// The embedded NATS server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct EmbeddedNats {
+    /// Its port; 0: any free one.
+    pub port: u16,
+}
+
+/// The controller and its web front-end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
+pub struct ControllerConfig {
+    /// Where the front-end listens.
+    #[serde(alias = "bind_address")]
+    #[garde(length(min = 1))]
+    pub bind_address: String,
+    /// Its port; 0: any free one.
+    pub port: u16,
+    /// Without a heartbeat for so long, in milliseconds, a worker is offline.
+    #[serde(alias = "worker_offline_timeout_ms")]
+    #[garde(range(min = 1))]
+    pub worker_offline_timeout_ms: u64,
+    /// The most workers that are kept.
+    #[serde(alias = "max_workers")]
+    #[garde(range(min = 1))]
+    pub max_workers: usize,
+    /// How long `stop` waits for running requests, in milliseconds.
+    #[serde(alias = "drain_timeout_ms")]
+    pub drain_timeout_ms: u64,
+    /// The longest that a flapping worker is held back, in milliseconds.
+    #[serde(alias = "flap_hold_max_ms")]
+    pub flap_hold_max_ms: u64,
+    /// Non-empty: one of these is required as bearer token on `/v1` and `/api`. Never shown.
+    #[serde(alias = "api_keys")]
+    pub api_keys: Vec<String>,
+}
+
+/// How workers and controllers find each other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
+pub struct DiscoveryConfig {
+    /// How often each gives a sign of life, in milliseconds.
+    #[serde(alias = "heartbeat_interval_ms")]
+    #[garde(range(min = 10))]
+    pub heartbeat_interval_ms: u64,
+}
+
+/// Workers that do not announce themselves.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
+pub struct WorkersConfig {
+    /// Servers that speak the OpenAI API.
+    #[serde(rename = "static")]
+    #[garde(dive)]
+    pub fixed: Vec<StaticWorker>,
+}
+
+/// A server that speaks the OpenAI API.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[garde(allow_unvalidated)]
+pub struct StaticWorker {
+    /// Its name here.
+    #[serde(alias = "worker_id")]
+    #[garde(custom(is_worker_id))]
+    pub worker_id: String,
+    /// Its address.
+    #[garde(length(min = 1))]
+    pub url: String,
+    /// What it serves; asked of the server where left out.
+    #[serde(default)]
+    pub models: Option<Vec<String>>,
+    /// 0 to 100.
+    #[serde(default)]
+    #[garde(range(max = 100))]
+    pub priority: u8,
+    /// Its bearer token. Never shown.
+    #[serde(default, alias = "api_key")]
+    pub api_key: Option<String>,
+}
+
+/// What is remembered of ended requests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
+pub struct RequestMetricsConfig {
+    /// For how long, in milliseconds.
+    #[serde(alias = "retention_ms")]
+    pub retention_ms: u64,
+    /// How many at most.
+    #[serde(alias = "max_entries")]
+    #[garde(range(min = 1))]
+    pub max_entries: usize,
+}
+
+/// What is logged, and how.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct LoggingConfig {
+    /// The least important that is still logged.
+    pub level: LogLevel,
+    /// For people or for programs.
+    pub format: LogFormat,
+}
+
+/// How important a record is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Failed requests.
+    Error,
+    /// Retries, breakers that open.
+    Warning,
+    /// Requests, starts and stops.
+    #[default]
+    Info,
+    /// Every selection.
+    Debug,
+}
+
+/// How records are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// A line for people.
+    #[default]
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+// === impl NatsConfig ===
+
+impl Default for NatsConfig {
+    fn default() -> Self {
+        Self {
+            mode: NatsMode::default(),
+            server_url: ServerUrls::One("nats://127.0.0.1:4222".into()),
+            user: None,
+            password: None,
+            credentials_file: None,
+            tls: TlsConfig::default(),
+            subject_prefix: String::new(),
+            embedded: EmbeddedNats::default(),
+            ping_interval_ms: 4_000,
+            reconnect_grace_ms: 1_000,
+            connect_timeout_ms: 5_000,
+        }
+    }
+}
+
+impl std::fmt::Debug for NatsConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NatsConfig")
+            .field("mode", &self.mode)
+            .field("server_url", &self.server_url)
+            .field("subject_prefix", &self.subject_prefix)
+            .field("embedded", &self.embedded)
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl ServerUrls ===
+
+impl ServerUrls {
+    /// The URLs as a list.
+    #[must_use]
+    pub fn as_slice(&self) -> &[String] {
+        match self {
+            Self::One(url) => std::slice::from_ref(url),
+            Self::Many(urls) => urls,
+        }
+    }
+}
+
+// === impl EmbeddedNats ===
+
+impl Default for EmbeddedNats {
+    fn default() -> Self {
+        Self { port: 4222 }
+    }
+}
+
+// === impl ControllerConfig ===
+
+impl Default for ControllerConfig {
+    fn default() -> Self {
+        Self {
+            bind_address: "127.0.0.1".into(),
+            port: 8080,
+            worker_offline_timeout_ms: 15_000,
+            max_workers: 10_000,
+            drain_timeout_ms: 30_000,
+            flap_hold_max_ms: 60_000,
+            api_keys: Vec::new(),
+        }
+    }
+}
+
+// === impl DiscoveryConfig ===
+
+impl Default for DiscoveryConfig {
+    fn default() -> Self {
+        Self { heartbeat_interval_ms: 5_000 }
+    }
+}
+
+// === impl RequestMetricsConfig ===
+
+impl Default for RequestMetricsConfig {
+    fn default() -> Self {
+        Self { retention_ms: 300_000, max_entries: 10_000 }
+    }
+}
+
+fn is_worker_id(value: &str, _: &()) -> garde::Result {
+    WorkerId::new(value).map(drop).map_err(garde::Error::new)
+}

@@ -1,0 +1,17 @@
+//! The configuration: one tree of structs with its defaults, read from YAML or JSON, overridden by the environment,
+//! checked before anything starts.
+//!
+//! Every key of the file is a field here, and the JSON Schema comes from the same structs. Keys are camelCase or
+//! snake_case; unknown ones are refused. This module knows what may be configured, and nothing of what it does.
+
+mod cluster;
+mod routing;
+
+pub use cluster::{
+    ClusterConfig, ControllerConfig, DiscoveryConfig, EmbeddedNats, LogFormat, LogLevel, LoggingConfig, Mode, NatsConfig,
+    NatsMode, RequestMetricsConfig, ServerUrls, StaticWorker, TlsConfig, WorkersConfig,
+};
+pub use routing::{
+    AdmissionConfig, CircuitBreakerConfig, HedgingConfig, LoadBalancingConfig, RequestRoutingConfig, RetryConfig, Strategy,
+    StreamFailover,
+};

@@ -1,0 +1,1 @@
+//! HOW one request runs: attempts, limits on time, retries, streams.

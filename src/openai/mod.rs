@@ -1,0 +1,1 @@
+//! The OpenAI API: bytes in, bytes out.

@@ -1,0 +1,1 @@
+//! WHO gets a request. Pure and synchronous: time and random numbers come in, decisions come out.

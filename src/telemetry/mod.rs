@@ -1,0 +1,1 @@
+//! What is remembered and told of requests: metadata, Prometheus metrics, log records.

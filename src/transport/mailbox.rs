@@ -1,0 +1,93 @@
+//! The way back of one attempt: a bounded queue from whatever carries the replies to the attempt that waits for them.
+
+use tokio::sync::mpsc;
+
+use crate::error::ControllerError;
+use crate::wire::Reply;
+
+/// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far
+/// beyond what gathers while an attempt waits its turn; a stream whose reader stalls is paused before it.
+const CAPACITY: usize = 1024;
+
+/// What arrives for an attempt.
+#[derive(Debug)]
+pub enum Delivery {
+    /// A reply.
+    Reply(Reply),
+    /// The attempt is over without one: nobody listens, the connection is lost, or a message could not be read.
+    Failed(ControllerError),
+}
+
+/// Where an attempt receives.
+#[derive(Debug)]
+pub struct Mailbox {
+    receiver: mpsc::Receiver<Delivery>,
+    _on_drop: Option<OnDrop>,
+}
+
+/// Where a carrier posts. Clones post into the same mailbox.
+#[derive(Clone, Debug)]
+pub struct Postbox(mpsc::Sender<Delivery>);
+
+/// Runs when a mailbox is dropped.
+struct OnDrop(Option<Box<dyn FnOnce() + Send + Sync>>);
+
+/// A mailbox and the way into it.
+#[must_use]
+pub fn mailbox() -> (Postbox, Mailbox) {
+    let (sender, receiver) = mpsc::channel(CAPACITY);
+    (Postbox(sender), Mailbox { receiver, _on_drop: None })
+}
+
+// === impl Mailbox ===
+
+impl Mailbox {
+    /// Has something run when the mailbox is dropped: the carrier forgets it.
+    #[must_use]
+    pub fn on_drop(mut self, run: impl FnOnce() + Send + Sync + 'static) -> Self {
+        self._on_drop = Some(OnDrop(Some(Box::new(run))));
+        self
+    }
+
+    /// The next delivery; `None` when the carrier has gone, or has posted more than fits.
+    pub async fn recv(&mut self) -> Option<Delivery> {
+        self.receiver.recv().await
+    }
+
+    /// The next delivery if it is there already.
+    pub fn try_recv(&mut self) -> Option<Delivery> {
+        self.receiver.try_recv().ok()
+    }
+}
+
+// === impl Postbox ===
+
+impl Postbox {
+    /// Posts, without waiting. `false`: the attempt is over, or its mailbox is full; the carrier gives up on it, and the
+    /// gap shows as a missing index or as a mailbox that ends.
+    pub fn post(&self, delivery: Delivery) -> bool {
+        self.0.try_send(delivery).is_ok()
+    }
+
+    /// Whether nobody waits any more.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.0.is_closed()
+    }
+}
+
+// === impl OnDrop ===
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        if let Some(run) = self.0.take() {
+            run();
+        }
+    }
+}
+
+impl std::fmt::Debug for OnDrop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnDrop")
+    }
+}

@@ -1,0 +1,45 @@
+//! WHAT carries an attempt to a worker and its answer back: a trait, and one file for each kind of carrier.
+//!
+//! A transport delivers: it sends a request, hands over the replies in the order of their arrival, and says when nobody
+//! listens or its own connection is down. It knows nothing of retries, breakers or limits on time.
+
+mod mailbox;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+
+pub use mailbox::{Delivery, Mailbox, Postbox, mailbox};
+
+use crate::error::ControllerError;
+use crate::wire::{InferenceRequest, WorkerId};
+
+/// One attempt, ready to go.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    /// Who gets it.
+    pub worker: WorkerId,
+    /// What is asked; `stream` and `request_id` are final.
+    pub request: Arc<InferenceRequest>,
+    /// 1 for the first attempt.
+    pub attempt: u32,
+    /// How long it may take, to its end.
+    pub timeout: Duration,
+    /// The caller's W3C trace context.
+    pub traceparent: Option<Arc<str>>,
+}
+
+/// A carrier of attempts.
+pub trait Transport: Send + Sync + 'static {
+    /// Sends an attempt. The mailbox it gives receives the replies; dropping the mailbox frees everything that was kept
+    /// for them, and late replies vanish.
+    ///
+    /// # Errors
+    /// NATS_ERROR while our own connection is down, PAYLOAD_TOO_LARGE beyond the carrier's limit, WORKER_UNAVAILABLE where
+    /// nobody listens.
+    fn send(&self, outgoing: Outgoing) -> BoxFuture<'_, Result<Mailbox, ControllerError>>;
+
+    /// Tells a worker to stop an attempt. Never waits and never fails: a worker that does not hear it stops at its deadline.
+    fn cancel(&self, worker: &WorkerId, request_id: &str, attempt: u32);
+}
