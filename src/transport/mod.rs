@@ -3,13 +3,16 @@
 //! A transport delivers: it sends a request, hands over the replies in the order of their arrival, and says when nobody
 //! listens or its own connection is down. It knows nothing of retries, breakers or limits on time.
 
+mod local;
 mod mailbox;
+pub mod nats;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
+pub use local::{LocalHub, LocalMessage, LocalPort};
 pub use mailbox::{Delivery, Mailbox, Postbox, mailbox};
 
 use crate::error::ControllerError;

@@ -1,0 +1,289 @@
+//! The connection to NATS, as controllers and workers use it: never a publish into the void, state that can be asked and
+//! watched, errors that say what to do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::connection::State;
+use async_nats::{Client, ConnectOptions, Event, HeaderMap, StatusCode};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::watch;
+
+use crate::config::NatsConfig;
+use crate::error::{ControllerError, ControllerErrorCode};
+
+/// How many messages wait in one subscription. async-nats drops silently beyond it, which shows as a missing token index.
+const SUBSCRIPTION_CAPACITY: usize = 65_536;
+/// The first wait before a reconnect; it grows by as much each time, up to the longest.
+const RECONNECT_STEP: Duration = Duration::from_millis(50);
+const RECONNECT_LONGEST: Duration = Duration::from_secs(2);
+/// How long the last messages may take to leave when a connection is closed.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// A connection. Clones share it; it closes with [`NatsConnection::close`] or when the last clone goes.
+#[derive(Clone, Debug)]
+pub struct NatsConnection {
+    client: Client,
+    link: watch::Receiver<Link>,
+    prefix: Arc<str>,
+    servers: usize,
+}
+
+/// The state of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// Whether messages go out.
+    pub connected: bool,
+    /// How often it was made: 1 from the start on, one more with each reconnect.
+    pub connects: u64,
+}
+
+/// The messages of one subject. Dropping it unsubscribes.
+#[derive(Debug)]
+pub struct Subscription(async_nats::Subscriber);
+
+/// One message.
+#[derive(Debug)]
+pub struct Incoming {
+    /// Its subject.
+    pub subject: String,
+    /// Where an answer goes.
+    pub reply: Option<String>,
+    /// Its body.
+    pub payload: Bytes,
+    headers: Option<HeaderMap>,
+    status: Option<StatusCode>,
+}
+
+// === impl NatsConnection ===
+
+impl NatsConnection {
+    /// Connects.
+    ///
+    /// # Errors
+    /// NATS_ERROR: no server answers within `connectTimeoutMs`, it refuses us, or a file of the configuration cannot be read.
+    pub async fn connect(config: &NatsConfig, client_name: &str) -> Result<Self, ControllerError> {
+        let urls = config.server_url.as_slice();
+        let limit = Duration::from_millis(config.connect_timeout_ms);
+        let (states, link) = watch::channel(Link::default());
+        let options = options(config, client_name)
+            .await?
+            .event_callback(move |event| {
+                note(&states, &event);
+                std::future::ready(())
+            })
+            .connection_timeout(limit);
+        let failed = |why: String| {
+            ControllerError::new(
+                ControllerErrorCode::NatsError,
+                format!(
+                    "cannot connect to NATS at {}: {why}; start a nats-server there, correct nats.serverUrl, \
+                     or set nats.mode to embedded (a server of our own) or none (local workers only)",
+                    urls.iter().map(|url| without_secrets(url)).collect::<Vec<_>>().join(", ")
+                ),
+            )
+        };
+        match tokio::time::timeout(limit, options.connect(urls)).await {
+            Ok(Ok(client)) => Ok(Self { client, link, prefix: config.subject_prefix.as_str().into(), servers: urls.len() }),
+            Ok(Err(error)) => Err(failed(error.to_string())),
+            Err(_) => Err(failed(format!("no answer within {} ms", limit.as_millis()))),
+        }
+    }
+
+    /// Whether messages go out now.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.client.connection_state() == State::Connected
+    }
+
+    /// The state, to be watched. Set by events, so a change may come a moment after [`Self::is_connected`] tells it.
+    #[must_use]
+    pub fn link(&self) -> watch::Receiver<Link> {
+        self.link.clone()
+    }
+
+    /// The largest message, in bytes.
+    #[must_use]
+    pub fn max_payload(&self) -> usize {
+        self.client.max_payload()
+    }
+
+    /// What stands in front of every subject.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// How many servers it may use.
+    #[must_use]
+    pub fn servers(&self) -> usize {
+        self.servers
+    }
+
+    /// Publishes a message.
+    ///
+    /// # Errors
+    /// NATS_ERROR at once while disconnected (nothing is kept for later), PAYLOAD_TOO_LARGE.
+    pub async fn publish(&self, subject: String, payload: Bytes) -> Result<(), ControllerError> {
+        self.ready_for(payload.len())?;
+        self.client.publish(subject, payload).await.map_err(|error| lost(&error))
+    }
+
+    /// Publishes a message with headers and a subject for answers.
+    ///
+    /// # Errors
+    /// As [`Self::publish`].
+    pub(super) async fn publish_request(
+        &self,
+        subject: String,
+        reply: String,
+        headers: HeaderMap,
+        payload: Bytes,
+    ) -> Result<(), ControllerError> {
+        // Headers count: their names and values, with separators, are far below this allowance.
+        self.ready_for(payload.len() + 1024)?;
+        self.client.publish_with_reply_and_headers(subject, reply, headers, payload).await.map_err(|error| lost(&error))
+    }
+
+    /// Subscribes. The subscription survives reconnects.
+    ///
+    /// # Errors
+    /// NATS_ERROR: the connection is closed.
+    pub async fn subscribe(&self, subject: String) -> Result<Subscription, ControllerError> {
+        self.client.subscribe(subject).await.map(Subscription).map_err(|error| lost(&error))
+    }
+
+    /// Returns when everything published before has reached the server, and every subscription made before is known there.
+    ///
+    /// # Errors
+    /// NATS_ERROR: the connection is down.
+    pub async fn flush(&self) -> Result<(), ControllerError> {
+        self.client.flush().await.map_err(|error| lost(&error))
+    }
+
+    /// Sends what is left, then closes. Takes a bounded time.
+    pub async fn close(&self) {
+        if self.is_connected() {
+            let _ = tokio::time::timeout(CLOSE_LIMIT, self.client.flush()).await;
+        }
+        let _ = self.client.drain().await;
+    }
+
+    /// The client itself, for the other files of this folder.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    fn ready_for(&self, size: usize) -> Result<(), ControllerError> {
+        if !self.is_connected() {
+            return Err(ControllerError::new(
+                ControllerErrorCode::NatsError,
+                "the connection to NATS is down; it is being restored",
+            ));
+        }
+        let limit = self.max_payload();
+        if size > limit {
+            return Err(ControllerError::new(
+                ControllerErrorCode::PayloadTooLarge,
+                format!("the message has {size} bytes, NATS takes {limit}; shorten it or raise max_payload of the NATS server"),
+            )
+            .with("size", size)
+            .with("limit", limit));
+        }
+        Ok(())
+    }
+}
+
+// === impl Subscription ===
+
+impl Subscription {
+    /// The next message; `None` when the connection is closed.
+    pub async fn next(&mut self) -> Option<Incoming> {
+        let message = self.0.next().await?;
+        Some(Incoming {
+            subject: message.subject.into_string(),
+            reply: message.reply.map(async_nats::Subject::into_string),
+            payload: message.payload,
+            headers: message.headers,
+            status: message.status,
+        })
+    }
+}
+
+// === impl Incoming ===
+
+impl Incoming {
+    /// A header's first value.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.as_ref()?.get(name).map(async_nats::HeaderValue::as_str)
+    }
+
+    /// Whether this is the server's word that nobody listens on the subject of a request.
+    #[must_use]
+    pub fn no_responders(&self) -> bool {
+        self.status == Some(StatusCode::NO_RESPONDERS)
+    }
+}
+
+async fn options(config: &NatsConfig, client_name: &str) -> Result<ConnectOptions, ControllerError> {
+    let mut options = ConnectOptions::new()
+        .name(client_name)
+        .ping_interval(Duration::from_millis(config.ping_interval_ms))
+        .subscription_capacity(SUBSCRIPTION_CAPACITY)
+        .reconnect_delay_callback(|attempt| {
+            let step = RECONNECT_STEP.saturating_mul(u32::try_from(attempt).unwrap_or(u32::MAX)).min(RECONNECT_LONGEST);
+            step.mul_f64(0.5 + fastrand::f64() / 2.0)
+        });
+    if let (Some(user), Some(password)) = (&config.user, &config.password) {
+        options = options.user_and_password(user.clone(), password.clone());
+    }
+    if let Some(path) = &config.credentials_file {
+        options = options.credentials_file(path).await.map_err(|error| {
+            ControllerError::new(ControllerErrorCode::NatsError, format!("nats.credentialsFile {path}: {error}"))
+        })?;
+    }
+    if let Some(path) = &config.tls.ca_file {
+        options = options.add_root_certificates(path.into()).require_tls(true);
+    }
+    if let (Some(certificate), Some(key)) = (&config.tls.cert_file, &config.tls.key_file) {
+        options = options.add_client_certificate(certificate.into(), key.into()).require_tls(true);
+    }
+    Ok(options)
+}
+
+fn note(states: &watch::Sender<Link>, event: &Event) {
+    match event {
+        // The first Connected is the start, each further one a reconnect.
+        Event::Connected => states.send_modify(|link| *link = Link { connected: true, connects: link.connects + 1 }),
+        Event::Disconnected | Event::Closed => states.send_modify(|link| link.connected = false),
+        Event::SlowConsumer(_) => tracing::warn!("a NATS subscription fell behind and lost messages"),
+        Event::ServerError(error) => tracing::warn!(%error, "NATS server error"),
+        Event::ClientError(error) => tracing::warn!(%error, "NATS client error"),
+        Event::LameDuckMode | Event::Draining => {}
+    }
+}
+
+fn lost(error: &dyn std::fmt::Display) -> ControllerError {
+    ControllerError::new(ControllerErrorCode::NatsError, format!("the connection to NATS is down: {error}"))
+}
+
+/// The URL without user, password or token.
+fn without_secrets(url: &str) -> String {
+    match (url.split_once("://"), url.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://{host}"),
+        _ => url.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_in_urls_are_not_shown() {
+        assert_eq!(without_secrets("nats://me:hush@host:4222"), "nats://host:4222");
+        assert_eq!(without_secrets("nats://host:4222"), "nats://host:4222");
+    }
+}

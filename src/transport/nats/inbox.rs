@@ -1,0 +1,118 @@
+//! The controller's own inbox: one wildcard subscription, made before the first publish, and a slab of waiting attempts.
+//!
+//! Each attempt has a subject of its own. Its entry lives exactly as long as its mailbox; what comes later finds no entry
+//! and is counted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use slab::Slab;
+
+use super::connection::{Incoming, NatsConnection, Subscription};
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::transport::{Delivery, Mailbox, Postbox, mailbox};
+use crate::wire::Reply;
+
+/// The waiting attempts of one controller.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    /// `_INBOX.<unique>.`; an attempt's slot and generation follow.
+    prefix: String,
+    entries: Mutex<Slab<Entry>>,
+    generation: AtomicU64,
+    late: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    generation: u64,
+    postbox: Postbox,
+}
+
+// === impl Inbox ===
+
+impl Inbox {
+    /// Subscribes to a new inbox.
+    pub(super) async fn open(connection: &NatsConnection) -> Result<(Arc<Self>, Subscription), ControllerError> {
+        let prefix = format!("{}.", connection.client().new_inbox());
+        let subscription = connection.subscribe(format!("{prefix}*")).await?;
+        let inbox = Self { prefix, entries: Mutex::default(), generation: AtomicU64::new(0), late: AtomicU64::new(0) };
+        Ok((Arc::new(inbox), subscription))
+    }
+
+    /// A new entry: the subject for the replies, and the mailbox that they reach.
+    pub(super) fn enter(self: &Arc<Self>) -> (String, Mailbox) {
+        let (postbox, mailbox) = mailbox();
+        let generation = self.generation.fetch_add(1, Ordering::Relaxed);
+        let slot = self.entries.lock().insert(Entry { generation, postbox });
+        let subject = format!("{}{slot}-{generation}", self.prefix);
+        let inbox = Arc::clone(self);
+        let mailbox = mailbox.on_drop(move || {
+            inbox.entries.lock().try_remove(slot);
+        });
+        (subject, mailbox)
+    }
+
+    /// Hands every reply to its attempt, until the connection is closed.
+    pub(super) async fn run(self: Arc<Self>, mut subscription: Subscription) {
+        while let Some(message) = subscription.next().await {
+            self.deliver(&message);
+        }
+        self.fail_all();
+    }
+
+    /// Ends every waiting attempt: our own connection is lost.
+    pub(super) fn fail_all(&self) {
+        for (_, entry) in self.entries.lock().iter() {
+            entry.postbox.post(Delivery::Failed(ControllerError::new(
+                ControllerErrorCode::NatsError,
+                "the connection to NATS was lost while the request was running",
+            )));
+        }
+    }
+
+    /// How many attempts wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.entries.lock().len()
+    }
+
+    /// How many replies came for attempts that were over.
+    pub(super) fn late(&self) -> u64 {
+        self.late.load(Ordering::Relaxed)
+    }
+
+    fn deliver(&self, message: &Incoming) {
+        let Some(postbox) = self.find(&message.subject) else {
+            self.late.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        let delivery = if message.no_responders() {
+            Delivery::Failed(
+                ControllerError::new(ControllerErrorCode::WorkerUnavailable, "the worker does not listen")
+                    .with("noResponders", true),
+            )
+        } else {
+            match Reply::decode(&message.payload) {
+                Ok(reply) => Delivery::Reply(reply),
+                Err(error) => Delivery::Failed(
+                    ControllerError::new(
+                        ControllerErrorCode::WorkerUnavailable,
+                        format!("the worker broke the protocol: {error}"),
+                    )
+                    .with("protocolError", error.to_string()),
+                ),
+            }
+        };
+        if !postbox.post(delivery) {
+            self.late.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn find(&self, subject: &str) -> Option<Postbox> {
+        let (slot, generation) = subject.strip_prefix(&self.prefix)?.split_once('-')?;
+        let (slot, generation) = (slot.parse().ok()?, generation.parse::<u64>().ok()?);
+        let entries = self.entries.lock();
+        entries.get(slot).filter(|entry| entry.generation == generation).map(|entry| entry.postbox.clone())
+    }
+}
