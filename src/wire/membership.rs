@@ -201,3 +201,32 @@ pub struct ControllerNotice {
     #[serde(default)]
     pub timestamp: u64,
 }
+
+// === impl WorkerStatus ===
+
+impl WorkerStatus {
+    /// The status as it is written everywhere.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Online => "online",
+            Self::Degraded => "degraded",
+            Self::Draining => "draining",
+            Self::Offline => "offline",
+        }
+    }
+}
+
+// === impl Phase ===
+
+impl Phase {
+    /// The phase as it is written everywhere.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Loading => "loading",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+        }
+    }
+}
