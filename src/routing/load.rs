@@ -1,0 +1,141 @@
+//! How busy a worker is, and how quick.
+//!
+//! Load = own requests in flight + what its latest report says of requests that are not ours. A report is ignored when it
+//! is older than three heartbeats. Counts are kept by [`Lease`](super::Lease)s, which take them back on any end.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+#[derive(Debug)]
+pub(super) struct Load {
+    /// Times below are told from here.
+    born: Instant,
+    own: AtomicU32,
+    /// The most requests at the same time; 0: no limit.
+    limit: AtomicU32,
+    foreign: AtomicU32,
+    /// Until when `foreign` counts, in milliseconds since `born`.
+    foreign_until: AtomicU64,
+    latency: Mutex<PeakEwma>,
+}
+
+/// A moving average of the time to first token that jumps to a peak and sinks slowly, as finagle's and linkerd's do:
+/// a larger sample replaces it; a smaller one pulls it down by `1 − e^(−age / DECAY)`; without samples it decays to zero,
+/// so that a worker once slow is tried again.
+#[derive(Debug)]
+struct PeakEwma {
+    seconds: f64,
+    at: Instant,
+}
+
+/// The time constant of the average.
+const DECAY: Duration = Duration::from_secs(10);
+/// What is expected of a worker before its first answer, in seconds.
+const UNKNOWN: f64 = 1.0;
+/// A failure counts as a first token after twice the average, but not less and not more than this, in seconds: a worker
+/// that fails fast must not attract requests.
+const PENALTY: (f64, f64) = (5.0, 60.0);
+
+// === impl Load ===
+
+impl Load {
+    pub(super) fn new(limit: u32, now: Instant) -> Self {
+        Self {
+            born: now,
+            own: AtomicU32::new(0),
+            limit: AtomicU32::new(limit),
+            foreign: AtomicU32::new(0),
+            foreign_until: AtomicU64::new(0),
+            latency: Mutex::new(PeakEwma { seconds: UNKNOWN, at: now }),
+        }
+    }
+
+    pub(super) fn own(&self) -> u32 {
+        self.own.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn foreign(&self, now: Instant) -> u32 {
+        match self.foreign.load(Ordering::Relaxed) {
+            0 => 0,
+            foreign if self.millis(now) < self.foreign_until.load(Ordering::Relaxed) => foreign,
+            _ => 0,
+        }
+    }
+
+    /// All requests that it works on, as far as is known.
+    pub(super) fn total(&self, now: Instant) -> u32 {
+        self.own().saturating_add(self.foreign(now))
+    }
+
+    pub(super) fn has_room(&self, now: Instant) -> bool {
+        match self.limit.load(Ordering::Relaxed) {
+            0 => true,
+            limit => self.total(now) < limit,
+        }
+    }
+
+    /// Takes a place, unless there is none: of racing callers no more get one than there are.
+    pub(super) fn try_enter(&self, now: Instant) -> bool {
+        let limit = match self.limit.load(Ordering::Relaxed) {
+            0 => u32::MAX,
+            limit => limit.saturating_sub(self.foreign(now)),
+        };
+        self.own.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |own| (own < limit).then_some(own + 1)).is_ok()
+    }
+
+    /// Gives back a place that [`Self::try_enter`] took.
+    pub(super) fn leave(&self) {
+        self.own.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub(super) fn set_limit(&self, limit: u32) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// Takes a report of requests that are not ours, good for `lifetime`.
+    pub(super) fn report_foreign(&self, foreign: u32, lifetime: Duration, now: Instant) {
+        let until = self.millis(now).saturating_add(u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX));
+        self.foreign_until.store(until, Ordering::Relaxed);
+        self.foreign.store(foreign, Ordering::Relaxed);
+    }
+
+    pub(super) fn observe(&self, ttft: Duration, now: Instant) {
+        self.latency.lock().observe(ttft.as_secs_f64(), now);
+    }
+
+    pub(super) fn observe_failure(&self, now: Instant) {
+        let mut latency = self.latency.lock();
+        let penalty = (2.0 * latency.estimate(now)).clamp(PENALTY.0, PENALTY.1);
+        latency.observe(penalty, now);
+    }
+
+    /// The expected time to first token, in seconds.
+    pub(super) fn latency(&self, now: Instant) -> f64 {
+        self.latency.lock().estimate(now)
+    }
+
+    fn millis(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.born).as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+// === impl PeakEwma ===
+
+impl PeakEwma {
+    fn weight(&self, now: Instant) -> f64 {
+        (-now.saturating_duration_since(self.at).as_secs_f64() / DECAY.as_secs_f64()).exp()
+    }
+
+    fn estimate(&self, now: Instant) -> f64 {
+        self.seconds * self.weight(now)
+    }
+
+    fn observe(&mut self, seconds: f64, now: Instant) {
+        let weight = self.weight(now);
+        self.seconds = if seconds > self.seconds * weight { seconds } else { self.seconds * weight + seconds * (1.0 - weight) };
+        self.at = self.at.max(now);
+    }
+}

@@ -1,0 +1,36 @@
+//! `skills_based`: workers that have the model in memory, then most free memory, then fewest requests in flight; ties in
+//! turn. What is in memory and what is free is what the latest heartbeat said.
+
+use std::cmp::Ordering;
+
+use crate::routing::fleet::Candidates;
+
+/// What a candidate is judged by; the smallest is the best.
+#[derive(PartialEq)]
+struct Rank {
+    cold: bool,
+    free_memory_gb: f64,
+    requests: u32,
+}
+
+pub(super) fn pick(candidates: &Candidates<'_>) -> Option<usize> {
+    let ranked = candidates.in_turn().map(|(place, worker)| {
+        let live = worker.live();
+        let rank = Rank {
+            cold: !live.loaded.iter().any(|model| model == candidates.model_id),
+            free_memory_gb: live.free_memory_gb(),
+            requests: worker.load.total(candidates.now),
+        };
+        (place, rank)
+    });
+    ranked.min_by(|(_, one), (_, other)| one.cmp(other)).map(|(place, _)| place)
+}
+
+// === impl Rank ===
+
+impl Rank {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let by_memory = other.free_memory_gb.total_cmp(&self.free_memory_gb);
+        self.cold.cmp(&other.cold).then(by_memory).then(self.requests.cmp(&other.requests))
+    }
+}

@@ -1,0 +1,18 @@
+//! `weighted_random`: at random, in proportion to weights. A weight of 0 takes a worker out unless all have it.
+
+use crate::routing::dice::Dice;
+use crate::routing::fleet::Candidates;
+
+pub(super) fn pick(candidates: &Candidates<'_>, dice: &Dice) -> Option<usize> {
+    let mut random = dice.roll();
+    let mut total = 0.0;
+    let mut chosen = None;
+    // One pass: each candidate takes the place of those before it with probability weight / sum of the weights so far.
+    for (place, worker) in candidates.in_turn() {
+        total += worker.weight;
+        if chosen.is_none() || random.f64() * total < worker.weight {
+            chosen = Some(place);
+        }
+    }
+    chosen
+}

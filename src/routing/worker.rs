@@ -1,0 +1,274 @@
+//! One life of one worker: what it said of itself, and whether it may be given a request.
+//!
+//! What selections ask for is in atomics; the rest lies behind a small lock. Only the registry changes a standing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use parking_lot::{Mutex, MutexGuard};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::breaker::Breaker;
+use super::load::Load;
+use super::rendezvous;
+use super::sessions::Binding;
+use super::settings::RouterSettings;
+use crate::wire::{Capacity, Feature, Heartbeat, Phase, Registration, WorkerId, WorkerStatus};
+
+/// Who carries requests to a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Carrier {
+    /// NATS: it gives signs of life, and silence means that it is gone.
+    Nats,
+    /// This process: it is there until it is removed.
+    Local,
+}
+
+/// What may be asked of a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Standing {
+    /// Anything.
+    Online,
+    /// What no online worker has room for.
+    Degraded,
+    /// Nothing until it has been heard from: our own connection was down.
+    Unheard,
+    /// Nothing new.
+    Draining,
+    /// Nothing: it is silent, or not the one any more.
+    Offline,
+}
+
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) id: WorkerId,
+    pub(super) incarnation: Arc<str>,
+    /// Tells this life from every other.
+    pub(super) serial: u64,
+    pub(super) carrier: Carrier,
+    /// It speaks the older dialect.
+    pub(super) legacy: bool,
+    /// Its share of rendezvous scores.
+    pub(super) seat: u64,
+    /// For `weighted_random`.
+    pub(super) weight: f64,
+    pub(super) load: Load,
+    pub(super) breaker: Option<Breaker>,
+    standing: AtomicU8,
+    features: AtomicU8,
+    live: Mutex<Live>,
+}
+
+/// What a worker said last, and when.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) status: WorkerStatus,
+    pub(super) phase: Phase,
+    pub(super) models: Vec<Arc<str>>,
+    pub(super) loaded: Vec<String>,
+    pub(super) loading: Vec<String>,
+    pub(super) capacity: Capacity,
+    pub(super) memory_used_gb: f64,
+    pub(super) hostname: String,
+    pub(super) features: Vec<Feature>,
+    pub(super) queue_depth: u32,
+    pub(super) tokens_generated: u64,
+    pub(super) sequence: u64,
+    pub(super) last_seen: Instant,
+    /// From here on silence is counted; later than `last_seen` after our own connection was down.
+    pub(super) silent_since: Instant,
+    pub(super) unheard: bool,
+    pub(super) drained: Option<Instant>,
+    pub(super) deregistered: Option<Instant>,
+    pub(super) offline: Option<Instant>,
+    pub(super) replaced: bool,
+    pub(super) gone: CancellationToken,
+}
+
+// === impl Worker ===
+
+impl Worker {
+    pub(super) fn new(
+        registration: &Registration,
+        carrier: Carrier,
+        serial: u64,
+        settings: &RouterSettings,
+        now: Instant,
+    ) -> Self {
+        let mut live = Live {
+            status: registration.status,
+            phase: Phase::default(),
+            models: Vec::new(),
+            loaded: Vec::new(),
+            loading: Vec::new(),
+            capacity: Capacity::default(),
+            memory_used_gb: 0.0,
+            hostname: String::new(),
+            features: Vec::new(),
+            queue_depth: 0,
+            tokens_generated: 0,
+            sequence: 0,
+            last_seen: now,
+            silent_since: now,
+            unheard: false,
+            drained: None,
+            deregistered: None,
+            offline: None,
+            replaced: false,
+            gone: CancellationToken::new(),
+        };
+        live.describe(registration);
+        let id = registration.worker_id.clone();
+        Self {
+            incarnation: registration.incarnation.as_str().into(),
+            serial,
+            carrier,
+            legacy: registration.protocol.is_none(),
+            seat: rendezvous::seat(&id),
+            weight: settings.weights.get(id.as_str()).copied().unwrap_or(1.0),
+            load: Load::new(live.capacity.max_concurrent, now),
+            breaker: settings.breaker.as_ref().map(|breaker| Breaker::new(breaker, now)),
+            standing: AtomicU8::new(live.standing() as u8),
+            features: AtomicU8::new(feature_bits(&live.features)),
+            live: Mutex::new(live),
+            id,
+        }
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        match self.standing.load(Ordering::Acquire) {
+            0 => Standing::Online,
+            1 => Standing::Degraded,
+            2 => Standing::Unheard,
+            3 => Standing::Draining,
+            _ => Standing::Offline,
+        }
+    }
+
+    pub(super) fn has(&self, feature: Feature) -> bool {
+        self.features.load(Ordering::Relaxed) & feature_bits(&[feature]) != 0
+    }
+
+    pub(super) fn live(&self) -> MutexGuard<'_, Live> {
+        self.live.lock()
+    }
+
+    /// Changes what is known of it. The atomics follow before the lock is given back.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Live) -> T) -> T {
+        let mut live = self.live.lock();
+        let result = change(&mut live);
+        self.load.set_limit(live.capacity.max_concurrent);
+        self.features.store(feature_bits(&live.features), Ordering::Relaxed);
+        self.standing.store(live.standing() as u8, Ordering::Release);
+        result
+    }
+
+    /// The token of this presence, if the worker may be given a request now.
+    pub(super) fn presence(&self) -> Option<CancellationToken> {
+        let live = self.live.lock();
+        live.standing().is_candidate().then(|| live.gone.clone())
+    }
+
+    /// What a session holds that belongs to it.
+    pub(super) fn binding(&self) -> Binding {
+        Binding { worker: self.id.clone(), serial: self.serial }
+    }
+
+    /// Whether a session that was bound here may still come back: a worker that cannot take a request just now keeps it.
+    pub(super) fn keeps(&self, bound: &Binding) -> bool {
+        self.serial == bound.serial && self.standing().is_online()
+    }
+}
+
+// === impl Live ===
+
+impl Live {
+    fn standing(&self) -> Standing {
+        let leaving = matches!(self.status, WorkerStatus::Draining | WorkerStatus::Offline) || self.phase == Phase::Draining;
+        if self.offline.is_some() || self.replaced {
+            Standing::Offline
+        } else if self.drained.is_some() || self.deregistered.is_some() || leaving {
+            Standing::Draining
+        } else if self.unheard {
+            Standing::Unheard
+        } else if self.status == WorkerStatus::Degraded {
+            Standing::Degraded
+        } else {
+            Standing::Online
+        }
+    }
+
+    /// Takes over what a registration says. Whether the models are others than before.
+    pub(super) fn describe(&mut self, registration: &Registration) -> bool {
+        self.status = registration.status;
+        self.capacity = registration.capacity;
+        self.hostname.clone_from(&registration.hostname);
+        self.features.clone_from(&registration.features);
+        let models = &registration.skills.available_models;
+        let differs = !self.models.iter().map(|model| &**model).eq(models.iter().map(String::as_str));
+        if differs {
+            self.models = models.iter().map(|model| model.as_str().into()).collect();
+        }
+        differs
+    }
+
+    /// Takes over what a heartbeat says.
+    pub(super) fn update(&mut self, heartbeat: &Heartbeat) {
+        self.sequence = heartbeat.sequence;
+        self.status = heartbeat.status;
+        self.phase = heartbeat.phase;
+        self.loaded.clone_from(&heartbeat.metrics.models_loaded);
+        self.loading.clone_from(&heartbeat.loading_models);
+        self.memory_used_gb = heartbeat.metrics.memory_used_gb;
+        self.queue_depth = heartbeat.queue_depth;
+        self.tokens_generated = heartbeat.tokens_generated;
+    }
+
+    /// It gave a sign of life. Whether it had been offline.
+    pub(super) fn heard(&mut self, now: Instant) -> bool {
+        self.last_seen = now;
+        self.silent_since = now;
+        self.unheard = false;
+        let back = self.offline.take().is_some();
+        if back {
+            self.gone = CancellationToken::new();
+        }
+        back
+    }
+
+    pub(super) fn model_names(&self) -> Vec<String> {
+        self.models.iter().map(|model| model.to_string()).collect()
+    }
+
+    /// Memory that is not in use, in GB; nothing for a worker that does not say how much it has.
+    pub(super) fn free_memory_gb(&self) -> f64 {
+        (self.capacity.memory_gb - self.memory_used_gb).max(0.0)
+    }
+}
+
+// === impl Standing ===
+
+impl Standing {
+    /// Whether requests may go there.
+    pub(super) fn is_candidate(self) -> bool {
+        matches!(self, Self::Online | Self::Degraded)
+    }
+
+    /// Whether it is one of the online workers.
+    pub(super) fn is_online(self) -> bool {
+        matches!(self, Self::Online | Self::Degraded | Self::Unheard)
+    }
+}
+
+fn feature_bits(features: &[Feature]) -> u8 {
+    features.iter().fold(0, |bits, feature| {
+        bits | match feature {
+            Feature::Resume => 1,
+            Feature::Cancel => 2,
+            Feature::Batch => 4,
+            Feature::Unknown => 0,
+        }
+    })
+}
