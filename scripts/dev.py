@@ -1,6 +1,6 @@
-"""The Makefile's targets: each prepares what it needs (environment.py), says so, and then does its one job.
+"""Usage: python scripts/dev.py build|demo|test|check|bench [ARGUMENT ...].
 
-    python scripts/dev.py build|demo|test|check|bench [ARGUMENT ...]
+The Makefile's targets: each prepares what it needs (environment.py), says so, and then does its one job.
 """
 
 from __future__ import annotations
