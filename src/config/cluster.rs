@@ -1,11 +1,14 @@
 //! The parts of the configuration that concern the process: NATS, addresses, discovery, logs.
 
+use std::fmt;
+
 use garde::Validate;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::{self, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::routing::{LoadBalancingConfig, RequestRoutingConfig};
-use crate::wire::WorkerId;
+use super::{redact, rules};
 
 /// The whole configuration. `ClusterConfig::default()` is a complete one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
@@ -62,33 +65,39 @@ pub enum Mode {
 pub struct NatsConfig {
     /// Whether a server is started, expected, or not needed.
     pub mode: NatsMode,
-    /// One URL or a list of them.
+    /// One URL or a list of them (a NATS cluster): `nats://`, `tls://`, `ws://` or `wss://`.
     #[serde(alias = "server_url")]
+    #[garde(custom(rules::server_urls))]
     pub server_url: ServerUrls,
     /// User name.
     pub user: Option<String>,
     /// Password. Never shown.
+    #[garde(custom(rules::with_user(self.user.as_deref())))]
     pub password: Option<String>,
-    /// A `.creds` file.
+    /// A `.creds` file, in place of user and password.
     #[serde(alias = "credentials_file")]
+    #[garde(custom(rules::one_identity(self.user.as_deref(), self.password.as_deref())))]
     pub credentials_file: Option<String>,
     /// Certificates.
+    #[garde(dive)]
     pub tls: TlsConfig,
     /// Put in front of every subject; many fleets on one NATS. Empty, or with its own trailing dot.
     #[serde(alias = "subject_prefix")]
+    #[garde(custom(rules::subject_prefix))]
     pub subject_prefix: String,
     /// The server that `mode: embedded` starts.
     pub embedded: EmbeddedNats,
     /// How often the connection is probed, in milliseconds.
     #[serde(alias = "ping_interval_ms")]
-    #[garde(range(min = 10))]
+    #[garde(range(min = 10, max = rules::SPAN_MAX_MS))]
     pub ping_interval_ms: u64,
     /// With several servers, how long calls wait for the next one, in milliseconds.
     #[serde(alias = "reconnect_grace_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub reconnect_grace_ms: u64,
     /// How long a first connection may take, in milliseconds.
     #[serde(alias = "connect_timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub connect_timeout_ms: u64,
 }
 
@@ -106,7 +115,7 @@ pub enum NatsMode {
 }
 
 /// One URL of a NATS server, or those of a cluster.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum ServerUrls {
     /// One server.
@@ -116,17 +125,20 @@ pub enum ServerUrls {
 }
 
 /// Certificates for NATS over TLS.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
 pub struct TlsConfig {
     /// The authority that signed the server's certificate.
     #[serde(alias = "ca_file")]
     pub ca_file: Option<String>,
-    /// Our certificate.
+    /// Our certificate; needs `keyFile`.
     #[serde(alias = "cert_file")]
+    #[garde(custom(rules::together("keyFile", self.key_file.is_some())))]
     pub cert_file: Option<String>,
-    /// Its key.
+    /// Its key; needs `certFile`.
     #[serde(alias = "key_file")]
+    #[garde(custom(rules::together("certFile", self.cert_file.is_some())))]
     pub key_file: Option<String>,
 }
 
@@ -139,19 +151,19 @@ pub struct EmbeddedNats {
 }
 
 /// The controller and its web front-end.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[garde(allow_unvalidated)]
 pub struct ControllerConfig {
     /// Where the front-end listens.
     #[serde(alias = "bind_address")]
-    #[garde(length(min = 1))]
+    #[garde(custom(rules::not_empty))]
     pub bind_address: String,
     /// Its port; 0: any free one.
     pub port: u16,
     /// Without a heartbeat for so long, in milliseconds, a worker is offline.
     #[serde(alias = "worker_offline_timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub worker_offline_timeout_ms: u64,
     /// The most workers that are kept.
     #[serde(alias = "max_workers")]
@@ -159,12 +171,15 @@ pub struct ControllerConfig {
     pub max_workers: usize,
     /// How long `stop` waits for running requests, in milliseconds.
     #[serde(alias = "drain_timeout_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub drain_timeout_ms: u64,
     /// The longest that a flapping worker is held back, in milliseconds.
     #[serde(alias = "flap_hold_max_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub flap_hold_max_ms: u64,
     /// Non-empty: one of these is required as bearer token on `/v1` and `/api`. Never shown.
     #[serde(alias = "api_keys")]
+    #[garde(custom(rules::keys_not_empty))]
     pub api_keys: Vec<String>,
 }
 
@@ -175,7 +190,7 @@ pub struct ControllerConfig {
 pub struct DiscoveryConfig {
     /// How often each gives a sign of life, in milliseconds.
     #[serde(alias = "heartbeat_interval_ms")]
-    #[garde(range(min = 10))]
+    #[garde(range(min = 10, max = rules::SPAN_MAX_MS))]
     pub heartbeat_interval_ms: u64,
 }
 
@@ -185,32 +200,32 @@ pub struct DiscoveryConfig {
 #[garde(allow_unvalidated)]
 pub struct WorkersConfig {
     /// Servers that speak the OpenAI API.
-    #[serde(rename = "static")]
-    #[garde(dive)]
-    pub fixed: Vec<StaticWorker>,
+    #[garde(dive, custom(rules::distinct_workers))]
+    pub r#static: Vec<StaticWorker>,
 }
 
 /// A server that speaks the OpenAI API.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[garde(allow_unvalidated)]
 pub struct StaticWorker {
     /// Its name here.
     #[serde(alias = "worker_id")]
-    #[garde(custom(is_worker_id))]
+    #[garde(custom(rules::worker_id))]
     pub worker_id: String,
-    /// Its address.
-    #[garde(length(min = 1))]
+    /// Its address: `http://host:port`.
+    #[garde(custom(rules::http_url))]
     pub url: String,
     /// What it serves; asked of the server where left out.
     #[serde(default)]
     pub models: Option<Vec<String>>,
-    /// 0 to 100.
+    /// How much it is preferred, 0 to 100.
     #[serde(default)]
     #[garde(range(max = 100))]
     pub priority: u8,
     /// Its bearer token. Never shown.
     #[serde(default, alias = "api_key")]
+    #[garde(inner(custom(rules::not_empty)))]
     pub api_key: Option<String>,
 }
 
@@ -221,6 +236,7 @@ pub struct StaticWorker {
 pub struct RequestMetricsConfig {
     /// For how long, in milliseconds.
     #[serde(alias = "retention_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub retention_ms: u64,
     /// How many at most.
     #[serde(alias = "max_entries")]
@@ -284,14 +300,22 @@ impl Default for NatsConfig {
     }
 }
 
-impl std::fmt::Debug for NatsConfig {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+/// Shows everything but secrets.
+impl fmt::Debug for NatsConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("NatsConfig")
             .field("mode", &self.mode)
             .field("server_url", &self.server_url)
+            .field("user", &self.user)
+            .field("password", &self.password.as_ref().map(|_| redact::HIDDEN))
+            .field("credentials_file", &self.credentials_file)
+            .field("tls", &self.tls)
             .field("subject_prefix", &self.subject_prefix)
             .field("embedded", &self.embedded)
-            .finish_non_exhaustive()
+            .field("ping_interval_ms", &self.ping_interval_ms)
+            .field("reconnect_grace_ms", &self.reconnect_grace_ms)
+            .field("connect_timeout_ms", &self.connect_timeout_ms)
+            .finish()
     }
 }
 
@@ -305,6 +329,41 @@ impl ServerUrls {
             Self::One(url) => std::slice::from_ref(url),
             Self::Many(urls) => urls,
         }
+    }
+}
+
+/// Shows everything but credentials.
+impl fmt::Debug for ServerUrls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.as_slice().iter().map(|url| redact::url(url))).finish()
+    }
+}
+
+impl<'de> Deserialize<'de> for ServerUrls {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct UrlsVisitor;
+
+        impl<'de> Visitor<'de> for UrlsVisitor {
+            type Value = ServerUrls;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a URL or a list of URLs")
+            }
+
+            fn visit_str<E: de::Error>(self, url: &str) -> Result<ServerUrls, E> {
+                Ok(ServerUrls::One(url.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<ServerUrls, A::Error> {
+                let mut urls = Vec::new();
+                while let Some(url) = items.next_element()? {
+                    urls.push(url);
+                }
+                Ok(ServerUrls::Many(urls))
+            }
+        }
+
+        deserializer.deserialize_any(UrlsVisitor)
     }
 }
 
@@ -332,6 +391,36 @@ impl Default for ControllerConfig {
     }
 }
 
+/// Shows everything but secrets.
+impl fmt::Debug for ControllerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ControllerConfig")
+            .field("bind_address", &self.bind_address)
+            .field("port", &self.port)
+            .field("worker_offline_timeout_ms", &self.worker_offline_timeout_ms)
+            .field("max_workers", &self.max_workers)
+            .field("drain_timeout_ms", &self.drain_timeout_ms)
+            .field("flap_hold_max_ms", &self.flap_hold_max_ms)
+            .field("api_keys", &self.api_keys.iter().map(|_| redact::HIDDEN).collect::<Vec<_>>())
+            .finish()
+    }
+}
+
+// === impl StaticWorker ===
+
+/// Shows everything but secrets.
+impl fmt::Debug for StaticWorker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StaticWorker")
+            .field("worker_id", &self.worker_id)
+            .field("url", &redact::url(&self.url))
+            .field("models", &self.models)
+            .field("priority", &self.priority)
+            .field("api_key", &self.api_key.as_ref().map(|_| redact::HIDDEN))
+            .finish()
+    }
+}
+
 // === impl DiscoveryConfig ===
 
 impl Default for DiscoveryConfig {
@@ -346,8 +435,4 @@ impl Default for RequestMetricsConfig {
     fn default() -> Self {
         Self { retention_ms: 300_000, max_entries: 10_000 }
     }
-}
-
-fn is_worker_id(value: &str, _: &()) -> garde::Result {
-    WorkerId::new(value).map(drop).map_err(garde::Error::new)
 }

@@ -5,12 +5,21 @@
 //! snake_case; unknown ones are refused. This module knows what may be configured, and nothing of what it does.
 
 mod cluster;
+mod environment;
+mod error;
+mod load;
+mod read;
+mod redact;
 mod routing;
+mod rules;
+mod schema;
+mod tree;
 
 pub use cluster::{
     ClusterConfig, ControllerConfig, DiscoveryConfig, EmbeddedNats, LogFormat, LogLevel, LoggingConfig, Mode, NatsConfig,
     NatsMode, RequestMetricsConfig, ServerUrls, StaticWorker, TlsConfig, WorkersConfig,
 };
+pub use error::ConfigError;
 pub use routing::{
     AdmissionConfig, CircuitBreakerConfig, HedgingConfig, LoadBalancingConfig, RequestRoutingConfig, RetryConfig, Strategy,
     StreamFailover,

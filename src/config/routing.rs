@@ -6,6 +6,7 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::error::ControllerErrorCode;
 
 /// Limits, retries and breakers.
@@ -15,31 +16,31 @@ use crate::error::ControllerErrorCode;
 pub struct RequestRoutingConfig {
     /// One buffered attempt, from sending to its response, in milliseconds.
     #[serde(alias = "timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub timeout_ms: u64,
     /// One streaming attempt, from sending to its first token, in milliseconds.
     #[serde(alias = "streaming_timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub streaming_timeout_ms: u64,
     /// From sending to any sign of the worker, in milliseconds.
     #[serde(alias = "accept_timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub accept_timeout_ms: u64,
     /// Between two tokens, in milliseconds.
     #[serde(alias = "stream_idle_timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub stream_idle_timeout_ms: u64,
     /// The whole stream, in milliseconds.
     #[serde(alias = "stream_total_timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub stream_total_timeout_ms: u64,
     /// Accept and first token while the worker loads the model, in milliseconds.
     #[serde(alias = "model_load_timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub model_load_timeout_ms: u64,
     /// A session is forgotten when it was not used for so long, in milliseconds.
     #[serde(rename = "sessionTTL", alias = "session_ttl", alias = "sessionTtl")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub session_ttl: u64,
     /// The most sessions that are remembered.
     #[serde(alias = "max_sessions")]
@@ -85,11 +86,11 @@ pub struct CircuitBreakerConfig {
     pub success_threshold: u32,
     /// How long it stays open the first time, in milliseconds.
     #[serde(alias = "timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub timeout_ms: u64,
     /// How long it stays open at most, in milliseconds.
     #[serde(alias = "max_timeout_ms")]
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = rules::SPAN_MAX_MS))]
     pub max_timeout_ms: u64,
     /// Failures in a hundred that open it.
     #[serde(alias = "failure_rate_percent")]
@@ -101,7 +102,7 @@ pub struct CircuitBreakerConfig {
     pub minimum_requests: u32,
     /// The window of the rate, in milliseconds.
     #[serde(alias = "window_ms")]
-    #[garde(range(min = 10))]
+    #[garde(range(min = 10, max = rules::SPAN_MAX_MS))]
     pub window_ms: u64,
     /// Probes at a time while half-open.
     #[serde(alias = "half_open_requests")]
@@ -113,6 +114,7 @@ pub struct CircuitBreakerConfig {
     pub max_open_percent: f64,
     /// A first token later than this, in milliseconds, counts as slow; off where not given.
     #[serde(alias = "slow_first_token_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub slow_first_token_ms: Option<u64>,
 }
 
@@ -129,9 +131,11 @@ pub struct RetryConfig {
     pub max_retries: u32,
     /// The first wait, in milliseconds; doubles from one to the next.
     #[serde(alias = "retry_delay_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub retry_delay_ms: u64,
     /// The longest wait, in milliseconds.
     #[serde(alias = "max_delay_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub max_delay_ms: u64,
     /// The codes after which another worker is tried.
     #[serde(alias = "retry_on_errors")]
@@ -145,7 +149,7 @@ pub struct RetryConfig {
     pub budget_percent: f64,
     /// Retries a second that are always allowed.
     #[serde(alias = "budget_min_per_second")]
-    #[garde(range(min = 0.0))]
+    #[garde(range(min = 0.0, max = 1_000_000.0))]
     pub budget_min_per_second: f64,
 }
 
@@ -172,6 +176,7 @@ pub struct AdmissionConfig {
     pub max_queue: usize,
     /// How long one waits, in milliseconds.
     #[serde(alias = "max_wait_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub max_wait_ms: u64,
 }
 
@@ -191,12 +196,14 @@ pub struct LoadBalancingConfig {
     /// How one of the candidates is chosen.
     pub strategy: Strategy,
     /// Weights by worker id, for `weighted_random`; 1 where none is given.
+    #[garde(custom(rules::weights))]
     pub weights: BTreeMap<String, f64>,
     /// Whether a session stays on its worker.
     #[serde(alias = "session_affinity")]
     pub session_affinity: bool,
     /// How long a new worker warms up, in milliseconds; off where not given.
     #[serde(alias = "slow_start_ms")]
+    #[garde(range(max = rules::SPAN_MAX_MS))]
     pub slow_start_ms: Option<u64>,
 }
 

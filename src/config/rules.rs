@@ -1,0 +1,101 @@
+//! Rules for single values and pairs of them that a type or a range cannot say. Messages never hold a secret.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use garde::{Error, Result};
+
+use super::{ServerUrls, StaticWorker, redact};
+use crate::wire::WorkerId;
+
+/// The longest span of time that can be set, in milliseconds: a year. It keeps every sum of spans far from overflow.
+pub(super) const SPAN_MAX_MS: u64 = 365 * 24 * 60 * 60 * 1_000;
+
+fn refuse<T>(message: impl std::fmt::Display) -> std::result::Result<T, Error> {
+    Err(Error::new(message))
+}
+
+/// Something is there.
+pub(super) fn not_empty<C>(value: &str, _: &C) -> Result {
+    if value.is_empty() { refuse("is empty; leave the key out or give a value") } else { Ok(()) }
+}
+
+/// No key is empty: an empty one would let everybody in.
+pub(super) fn keys_not_empty<C>(keys: &[String], context: &C) -> Result {
+    keys.iter().try_for_each(|key| not_empty(key, context))
+}
+
+/// URLs of NATS servers, one at least.
+pub(super) fn server_urls<C>(urls: &ServerUrls, _: &C) -> Result {
+    if urls.as_slice().is_empty() {
+        return refuse("is an empty list; give at least one URL");
+    }
+    urls.as_slice().iter().try_for_each(|url| with_scheme(url, &["nats", "tls", "ws", "wss"]))
+}
+
+/// The URL of a server that speaks the OpenAI API.
+pub(super) fn http_url<C>(url: &str, _: &C) -> Result {
+    with_scheme(url, &["http", "https"])
+}
+
+fn with_scheme(url: &str, allowed: &[&str]) -> Result {
+    match url.split_once("://") {
+        Some((scheme, rest)) if allowed.contains(&scheme) && !rest.is_empty() && !rest.contains(char::is_whitespace) => Ok(()),
+        _ => {
+            let schemes: Vec<String> = allowed.iter().map(|scheme| format!("{scheme}://host:port")).collect();
+            refuse(format_args!("{:?} is no URL for this; expected {}", redact::url(url), schemes.join(" or ")))
+        }
+    }
+}
+
+/// Empty, or tokens that a subject can begin with, each with its dot.
+pub(super) fn subject_prefix<C>(prefix: &str, _: &C) -> Result {
+    let token = |token: &str| !token.is_empty() && token.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    match prefix.strip_suffix('.') {
+        None if prefix.is_empty() => Ok(()),
+        Some(tokens) if tokens.split('.').all(token) => Ok(()),
+        _ => refuse(format_args!(
+            "{prefix:?} is no prefix of subjects; expected letters, digits, '-' and '_' with a dot at the end, such as \"team-a.\""
+        )),
+    }
+}
+
+/// One way to say who we are.
+pub(super) fn one_identity(user: Option<&str>, password: Option<&str>) -> impl FnOnce(&Option<String>, &()) -> Result {
+    let named = user.is_some() || password.is_some();
+    move |credentials, ()| {
+        if named && credentials.is_some() { refuse("stands beside user or password; give one or the other") } else { Ok(()) }
+    }
+}
+
+/// A password needs its user.
+pub(super) fn with_user(user: Option<&str>) -> impl FnOnce(&Option<String>, &()) -> Result {
+    let alone = user.is_none();
+    move |password, ()| if alone && password.is_some() { refuse("needs user beside it") } else { Ok(()) }
+}
+
+/// A certificate and its key come together.
+pub(super) fn together(other: &'static str, present: bool) -> impl FnOnce(&Option<String>, &()) -> Result {
+    move |file, ()| if file.is_some() && !present { refuse(format_args!("needs {other} beside it")) } else { Ok(()) }
+}
+
+/// A name that can be part of a subject.
+pub(super) fn worker_id<C>(value: &str, _: &C) -> Result {
+    WorkerId::new(value).map(drop).map_err(Error::new)
+}
+
+/// No two workers share a name.
+pub(super) fn distinct_workers<C>(workers: &[StaticWorker], _: &C) -> Result {
+    let mut seen = BTreeSet::new();
+    match workers.iter().find(|worker| !seen.insert(&worker.worker_id)) {
+        Some(twice) => refuse(format_args!("two workers are named {:?}", twice.worker_id)),
+        None => Ok(()),
+    }
+}
+
+/// Weights that a share can be made of.
+pub(super) fn weights<C>(weights: &BTreeMap<String, f64>, _: &C) -> Result {
+    match weights.iter().find(|(_, weight)| !weight.is_finite() || **weight < 0.0) {
+        Some((worker, weight)) => refuse(format_args!("{worker}: {weight} is out of range; 0 or more is allowed")),
+        None => Ok(()),
+    }
+}
