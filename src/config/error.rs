@@ -46,7 +46,8 @@ impl std::error::Error for ConfigError {}
 /// Candidates in the style of what was written (camelCase or snake_case) come before the others.
 pub(super) fn did_you_mean<'a>(written: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
     let snake_written = snake(written);
-    let styled = |candidate: &&str| candidate.contains('_') == written.contains('_') || snake(candidate) == **candidate;
+    let one_word = |candidate: &str| candidate.bytes().all(|byte| byte.is_ascii_lowercase());
+    let styled = |candidate: &&str| candidate.contains('_') == written.contains('_') || one_word(candidate);
     let (same, other): (Vec<&str>, Vec<&str>) = candidates.into_iter().partition(styled);
     let nearest = same
         .iter()
