@@ -149,7 +149,6 @@ impl Lease {
 
     /// The attempt ended. Gives back everything that the lease holds before it returns; true when this end opened the
     /// breaker.
-    #[must_use]
     pub fn end(mut self, outcome: Outcome, now: Instant) -> bool {
         let Progress { permit, first_token } = self.progress.get_mut();
         let (permit, first_token) = (permit.take(), *first_token);

@@ -196,7 +196,7 @@ impl Router {
     /// How many workers are online.
     #[must_use]
     pub fn online(&self) -> usize {
-        self.registry.lock().online()
+        *self.membership.borrow()
     }
 
     /// How many online workers serve a model.
@@ -418,12 +418,16 @@ impl Router {
         if !worker.live().models.iter().any(|model| **model == *model_id) {
             return Err(Refusal::ModelNotFound);
         }
-        if let (Some(breaker), Some(settings)) = (&worker.breaker, &self.settings.breaker)
-            && !breaker.admits(settings, now)
-        {
-            return Err(Refusal::CircuitOpen { retry_after: breaker.retry_after(now).unwrap_or(settings.open_for) });
+        if let Some(lease) = self.claim(worker, Choice::Named, now) {
+            return Ok(lease);
         }
-        self.claim(worker, Choice::Named, now).ok_or(Refusal::Full)
+        match (&worker.breaker, &self.settings.breaker) {
+            _ if !worker.standing().is_online() => Err(Refusal::WorkerOffline),
+            (Some(breaker), Some(settings)) if !breaker.admits(settings, now) => {
+                Err(Refusal::CircuitOpen { retry_after: breaker.retry_after(now).unwrap_or(settings.open_for) })
+            }
+            _ => Err(Refusal::Full),
+        }
     }
 
     fn refusal(&self, model: Option<&Model>, exclude: &[WorkerId], now: Instant) -> Refusal {

@@ -170,10 +170,10 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_million_sessions_stay_at_the_cap() {
+    async fn many_sessions_stay_at_the_cap() {
         let now = Instant::now();
         let mut sessions = Sessions::new(Duration::from_secs(60), 100);
-        for number in 0..1_000_000_u32 {
+        for number in 0..50_000_u32 {
             sessions.bind(&number.to_string(), to("a"), now);
         }
         assert_eq!((sessions.len(), sessions.places.len(), sessions.entries.capacity() <= 256), (100, 100, true));
