@@ -213,10 +213,17 @@ fn what_is_built_in_the_program_can_be_checked() {
 
 #[test]
 fn broken_yaml_says_where() {
-    for (text, line) in [("nats:\n  mode: [none\n", 2), ("a: b: c\n", 1), ("mode: both\nmode: both\n", 2), ("a: *b\n", 1)] {
+    for (text, line) in [
+        ("nats:\n  mode: [none\n", 2),
+        ("a: b: c\n", 1),
+        ("mode: both\nmode: both\n", 2),
+        ("---\nmode: both\n---\nmode: both\n", 4),
+        ("a: *b\n", 1),
+    ] {
         let error = yaml(text).expect_err(text);
         assert_eq!((error.line, error.path.as_deref()), (Some(line), Some("cluster.yaml")), "{text:?}: {error}");
         assert!(!error.message.contains("line"), "the place stands in front already: {error}");
+        assert!(!error.message.contains("Options"), "no advice for programmers of the parser: {error}");
     }
     assert!(yaml(&"[".repeat(100_000)).is_err());
     assert!(yaml(&"{a: ".repeat(100_000)).is_err());
@@ -371,6 +378,10 @@ fn the_schema_tells_descriptions_defaults_and_ranges() {
     assert_eq!(&retry["properties"]["max_retries"], key);
     for (key, property) in schema_keys(&schema) {
         assert!(property["description"].is_string(), "{key} has no description");
+    }
+    for name in ["least_requests", "least_loaded", "smart"] {
+        let strategies = schema["$defs"]["Strategy"]["oneOf"].as_array().unwrap();
+        assert!(strategies.iter().any(|strategy| strategy["const"] == name), "{name}");
     }
     let places = schema["anyOf"].as_array().unwrap();
     assert_eq!(places[0]["$ref"], "#/$defs/ClusterConfig");

@@ -53,11 +53,11 @@ fn read(schema: &serde_json::Value, name: &str, levels: &str, value: &OsStr) -> 
     for level in levels.split("__") {
         let upper = |key: &str| snake(key).to_ascii_uppercase();
         let Some((key, inside)) = place.key(&level.to_ascii_lowercase()).filter(|(key, _)| upper(key) == level) else {
-            let names: Vec<String> = place.keys().map(|key| format!("{known}{}", upper(key))).collect();
+            let names: Vec<String> = place.keys().map(upper).collect();
             let message = if names.is_empty() {
                 "nothing inside this key can be set alone; give its whole value".into()
             } else {
-                format!("unknown name{}", did_you_mean(&format!("{known}{level}"), names.iter().map(String::as_str)))
+                format!("unknown name{}", did_you_mean(&known, level, names.iter().map(String::as_str)))
             };
             return Err(error(&keys, message));
         };

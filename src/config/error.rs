@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+/// The Jaro-Winkler likeness, from 0 to 1, from which on a name is offered in place of another.
+const LIKENESS_MIN: f64 = 0.85;
+
 /// A configuration that cannot be used. It names the first thing that is wrong, its place, and what would be right.
 ///
 /// Secrets are never part of it.
@@ -43,22 +46,24 @@ impl std::error::Error for ConfigError {}
 
 /// `; did you mean …?` with the candidate nearest to what was written, or `; … are known` where none is near.
 ///
-/// Candidates in the style of what was written (camelCase or snake_case) come before the others.
-pub(super) fn did_you_mean<'a>(written: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+/// Candidates in the style of what was written (camelCase or snake_case) come before the others. `prefix` is shown in front
+/// of each.
+pub(super) fn did_you_mean<'a>(prefix: &str, written: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
     let snake_written = snake(written);
     let one_word = |candidate: &str| candidate.bytes().all(|byte| byte.is_ascii_lowercase());
     let styled = |candidate: &&str| candidate.contains('_') == written.contains('_') || one_word(candidate);
     let (same, other): (Vec<&str>, Vec<&str>) = candidates.into_iter().partition(styled);
+    let likeness = |candidate: &str| strsim::jaro_winkler(&snake_written, &snake(candidate));
     let nearest = same
         .iter()
         .chain(&other)
-        .map(|candidate| (strsim::damerau_levenshtein(&snake_written, &snake(candidate)), *candidate))
-        .min_by_key(|(distance, _)| *distance)
-        .filter(|(distance, candidate)| *distance <= (candidate.len() / 3).max(1));
+        .map(|candidate| (likeness(candidate), *candidate))
+        .filter(|(likeness, _)| *likeness >= LIKENESS_MIN)
+        .reduce(|best, next| if next.0 > best.0 { next } else { best });
     match nearest {
-        Some((_, candidate)) => format!("; did you mean {candidate}?"),
+        Some((_, candidate)) => format!("; did you mean {prefix}{candidate}?"),
         None if same.is_empty() => String::new(),
-        None => format!("; known are {}", same.join(", ")),
+        None => format!("; known are {}", same.iter().map(|key| format!("{prefix}{key}")).collect::<Vec<_>>().join(", ")),
     }
 }
 
@@ -93,10 +98,11 @@ mod tests {
     #[test]
     fn suggestions_keep_the_style_of_what_was_written() {
         let known = ["maxRetries", "max_retries", "enabled"];
-        assert_eq!(did_you_mean("maxRetris", known), "; did you mean maxRetries?");
-        assert_eq!(did_you_mean("max_retris", known), "; did you mean max_retries?");
-        assert_eq!(did_you_mean("MaxRetries", known), "; did you mean maxRetries?");
-        assert_eq!(did_you_mean("enable", known), "; did you mean enabled?");
-        assert_eq!(did_you_mean("colour", known), "; known are maxRetries, enabled");
+        assert_eq!(did_you_mean("", "maxRetris", known), "; did you mean maxRetries?");
+        assert_eq!(did_you_mean("", "max_retris", known), "; did you mean max_retries?");
+        assert_eq!(did_you_mean("", "MaxRetries", known), "; did you mean maxRetries?");
+        assert_eq!(did_you_mean("", "enable", known), "; did you mean enabled?");
+        assert_eq!(did_you_mean("A__", "retrys", ["retry", "timeout"]), "; did you mean A__retry?");
+        assert_eq!(did_you_mean("", "colour", known), "; known are maxRetries, enabled");
     }
 }

@@ -71,12 +71,12 @@ impl de::Error for ReadError {
     }
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
-        Self::custom(format_args!("unknown key{}", did_you_mean(field, expected.iter().copied())))
+        Self::custom(format_args!("unknown key{}", did_you_mean("", field, expected.iter().copied())))
     }
 
     fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
         let variant: String = variant.chars().take(80).collect();
-        Self::custom(format_args!("unknown value {variant:?}{}", did_you_mean(&variant, expected.iter().copied())))
+        Self::custom(format_args!("unknown value {variant:?}{}", did_you_mean("", &variant, expected.iter().copied())))
     }
 
     fn missing_field(field: &'static str) -> Self {

@@ -7,6 +7,9 @@ use super::ClusterConfig;
 use super::error::snake;
 use super::tree::Segment;
 
+/// Other names of strategies, and what they mean.
+const OTHER_STRATEGIES: [(&str, &str); 2] = [("smart", "skills_based"), ("least_loaded", "least_requests")];
+
 /// A place in the schema: one key of the configuration, with references followed.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
@@ -24,6 +27,12 @@ impl ClusterConfig {
         let mut schema = own_keys();
         if let Some(definitions) = schema.get_mut("$defs").and_then(Value::as_object_mut) {
             definitions.values_mut().for_each(add_snake_case);
+            let strategies = definitions.get_mut("Strategy").and_then(|strategy| strategy.get_mut("oneOf"));
+            if let Some(strategies) = strategies.and_then(Value::as_array_mut) {
+                strategies.extend(OTHER_STRATEGIES.map(
+                    |(name, meant)| json!({"type": "string", "const": name, "description": format!("The same as {meant}.")}),
+                ));
+            }
         }
         add_snake_case(&mut schema);
         let Value::Object(mut top) = schema else { return schema };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::localizer::Localizer;
-use serde_saphyr::{DefaultMessageFormatter, Location, SnippetMode, Spanned};
+use serde_saphyr::{Location, SnippetMode, Spanned, UserMessageFormatter};
 
 use super::error::{ConfigError, snake};
 
@@ -266,7 +266,7 @@ impl Localizer for WithoutPlace {
 }
 
 fn syntax_error(error: &serde_saphyr::Error) -> ConfigError {
-    let formatter = DefaultMessageFormatter.with_localizer(&WithoutPlace);
+    let formatter = UserMessageFormatter.with_localizer(&WithoutPlace);
     let message = error.render_with_options(serde_saphyr::render_options! { formatter: &formatter, snippets: SnippetMode::Off });
     error.location().map_or(Origin::Program, Origin::from).error(None, message)
 }
