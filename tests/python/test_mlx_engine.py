@@ -1,0 +1,579 @@
+"""MlxEngine with the tiny model, driven through doubles of the runtime's JobQueue and Job."""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mlx_serving_router._mlx_request import InvalidRequestError, Parameters, chat_messages
+from mlx_serving_router._mlx_text import IncrementalDecoder, StopMatcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from mlx_serving_router.engine import Engine
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-model" / "model"
+PATIENCE = 60  # seconds within which anything here must have happened
+UNSET: dict[str, Any] = dict.fromkeys(
+    [
+        "messages",
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "session_id",
+        "stream",
+        "priority",
+        "resume",
+    ]
+)
+
+
+@dataclass
+class FakeJob:
+    """Records what the engine does with a job; `on_token` runs on the engine's thread after each piece."""
+
+    request: Any
+    on_token: Callable[[FakeJob], None] = lambda _: None
+    attempt: int = 1
+    cancelled: bool = False
+    pieces: list[tuple[str, list[int]]] = field(default_factory=list)
+    end: SimpleNamespace | None = None
+    looked: int = 0
+
+    def token(self, text: str, token_ids: Sequence[int] = ()) -> None:
+        assert self.end is None
+        self.pieces.append((text, list(token_ids)))
+        self.on_token(self)
+
+    def done(self, finish_reason: str = "stop", **usage: Any) -> None:
+        assert self.end is None
+        self.end = SimpleNamespace(code=None, finish_reason=finish_reason, **usage)
+
+    def error(self, code: str, message: str, *, retry_after_ms: int | None = None) -> None:
+        assert self.end is None
+        self.end = SimpleNamespace(code=code, message=message, retry_after_ms=retry_after_ms)
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.pieces)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for _, ids in self.pieces for token in ids]
+
+
+class FakeQueue:
+    """A JobQueue on which `get` also says when the job before it is finished with."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[FakeJob | None] = queue.Queue()
+        self._finished: queue.Queue[None] = queue.Queue()
+        self._taken = False
+        self.closed = False
+        self.reports: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+        self.ready = threading.Event()
+
+    def get(self, timeout: float | None = None) -> FakeJob | None:
+        if self._taken:
+            self._finished.put(None)
+        job = self._jobs.get(timeout=PATIENCE if timeout is None else timeout)
+        self._taken = job is not None
+        return job
+
+    def report(
+        self, phase: str, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()
+    ) -> None:
+        self.reports.append((phase, tuple(loaded_models), tuple(loading_models)))
+        if phase == "ready":
+            self.ready.set()
+
+    def serve(self, job: FakeJob) -> FakeJob:
+        self._jobs.put(job)
+        self._finished.get(timeout=PATIENCE)
+        return job
+
+    def close(self) -> None:
+        self.closed = True
+        self._jobs.put(None)
+
+
+class Running:
+    """An engine on its thread, and the shortest way to ask it something."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.jobs = FakeQueue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine")
+        self._thread.start()
+
+    def _run(self, engine: Engine) -> None:
+        try:
+            engine.run(self.jobs)
+        except BaseException as error:  # noqa: BLE001 - handed to the test's thread by stop()
+            self._failure = error
+
+    def ask(
+        self,
+        question: str | None = None,
+        *,
+        on_token: Callable[[FakeJob], None] = lambda _: None,
+        **fields: Any,
+    ) -> FakeJob:
+        if question is not None:
+            fields["messages"] = [{"role": "user", "content": question}]
+        request = SimpleNamespace(**{**UNSET, "request_id": "r-1", "model_id": "tiny", **fields})
+        return self.jobs.serve(FakeJob(request, on_token))
+
+    def stop(self) -> None:
+        """Close the queue and raise what the engine raised."""
+        self.jobs.close()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        if self._failure is not None:
+            raise self._failure
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Running]:
+    pytest.importorskip("mlx_lm")
+    from mlx_serving_router.mlx import MlxEngine
+
+    running = Running(MlxEngine({"tiny": MODEL}))
+    assert running.jobs.ready.wait(PATIENCE)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def story(engine: Running) -> FakeJob:
+    return engine.ask("Tell me a story.")
+
+
+# === answers ===
+
+
+@pytest.mark.model
+def test_answers_a_question_and_counts_its_tokens(engine: Running) -> None:
+    job = engine.ask("What is the capital of France?")
+    assert job.text == "The capital of France is Paris."
+    assert (job.end.code, job.end.finish_reason) == (None, "stop")
+    assert job.end.completion_tokens == len(job.token_ids) > 1
+    longer = engine.ask("What is the capital of France? What is the capital of France?", max_tokens=1)
+    assert longer.end.prompt_tokens > job.end.prompt_tokens > 5
+
+
+@pytest.mark.model
+def test_streams_a_long_answer_piece_by_piece(story: FakeJob) -> None:
+    assert len(story.token_ids) > 150
+    assert len(story.pieces) > 150
+    assert story.text.startswith("Once upon a time")
+    assert story.end.finish_reason == "stop"
+
+
+@pytest.mark.model
+def test_reads_the_whole_conversation(engine: Running) -> None:
+    messages: list[dict[str, Any]] = []
+    for question in ("My name is Clara.", "What color is the sky?", "What is my name?"):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": engine.ask(messages=list(messages)).text})
+    assert messages[-1]["content"] == "Your name is Clara."
+
+
+@pytest.mark.model
+def test_continues_a_plain_prompt_with_its_leading_space(engine: Running) -> None:
+    assert engine.ask(prompt="The capital of France", max_tokens=12).text.startswith(" is Paris.")
+
+
+@pytest.mark.model
+def test_reads_contents_in_parts(engine: Running) -> None:
+    parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of France?"}]
+    job = engine.ask(messages=[{"role": "user", "content": parts}])
+    assert job.text == "The capital of France is Paris."
+
+
+@pytest.mark.model
+def test_hands_tools_to_the_chat_template(engine: Running) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    without = engine.ask("Hello", max_tokens=1)
+    assert engine.ask("Hello", max_tokens=1, tools=tools).end.prompt_tokens > without.end.prompt_tokens
+    refused = engine.ask("Hello", max_tokens=1, tools=tools, tool_choice="none")
+    assert refused.end.prompt_tokens == without.end.prompt_tokens
+
+
+@pytest.mark.model
+def test_never_shows_part_of_a_character(engine: Running) -> None:
+    job = engine.ask("Show me some Unicode.")
+    assert job.text == "Grüße: 日本 🙂🚀 ok."
+    assert all("\N{REPLACEMENT CHARACTER}" not in text for text, _ in job.pieces)
+    assert any(len(ids) > 2 for _, ids in job.pieces), "a character of several tokens comes with all of them"
+    assert job.end.completion_tokens == len(job.token_ids)
+
+
+@pytest.mark.model
+def test_drops_a_character_that_the_limit_cuts(engine: Running) -> None:
+    whole = engine.ask("Show me some Unicode.")
+    for limit in range(1, len(whole.token_ids)):
+        cut = engine.ask("Show me some Unicode.", max_tokens=limit)
+        assert whole.text.startswith(cut.text)
+        assert cut.token_ids == whole.token_ids[:limit]
+        assert cut.end.finish_reason == "length"
+
+
+# === limits and stop strings ===
+
+
+@pytest.mark.model
+def test_max_tokens_ends_with_length(engine: Running, story: FakeJob) -> None:
+    job = engine.ask("Tell me a story.", max_tokens=10)
+    assert job.token_ids == story.token_ids[:10]
+    assert (job.end.finish_reason, job.end.completion_tokens) == ("length", 10)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "stop", [["house stood"], ["stood on a", "e stood"], ["t", "house"], ["o", "ld light"]]
+)
+def test_stops_before_a_stop_string_wherever_tokens_end(
+    engine: Running, story: FakeJob, stop: list[str]
+) -> None:
+    job = engine.ask("Tell me a story.", stop=stop)
+    end = min((story.text.find(text) + len(text), story.text.find(text)) for text in stop)[1]
+    assert job.text == story.text[:end]
+    assert job.end.finish_reason == "stop"
+    assert job.end.completion_tokens == len(job.token_ids)
+
+
+@pytest.mark.model
+def test_releases_what_only_began_like_a_stop_string(engine: Running) -> None:
+    job = engine.ask("What is the capital of France?", stop=["Paris. And", "France was"])
+    assert job.text == "The capital of France is Paris."
+    assert job.end.completion_tokens == len(job.token_ids)
+
+
+@pytest.mark.model
+def test_the_context_length_bounds_prompt_and_answer(engine: Running) -> None:
+    context = json.loads((MODEL / "config.json").read_text())["max_position_embeddings"]
+    job = engine.ask(prompt="cat" * 10 * context)
+    assert job.end.code == "REQUEST_VALIDATION_FAILED"
+    tokens_of_a_word = engine.ask(prompt=" cat" * 10, max_tokens=1).end.prompt_tokens // 10
+    nearly = engine.ask(
+        prompt=" cat" * (context // tokens_of_a_word - 3), max_tokens=100, logit_bias={"5": 100}
+    )
+    assert nearly.end.finish_reason == "length"
+    assert nearly.end.prompt_tokens + nearly.end.completion_tokens == context
+
+
+# === sampling ===
+
+
+@pytest.mark.model
+def test_a_seed_makes_sampling_repeatable(engine: Running) -> None:
+    def sample(seed: int | None) -> list[int]:
+        job = engine.ask("Tell me a story.", temperature=4.0, top_k=200, min_p=1e-9, seed=seed, max_tokens=40)
+        assert job.end.code is None
+        return job.token_ids
+
+    assert sample(7) == sample(7)
+    assert len({tuple(sample(seed)) for seed in (1, 2, 3, -4, None, None)}) == 6
+
+
+@pytest.mark.model
+def test_biases_and_penalties_change_the_answer(engine: Running) -> None:
+    plain = engine.ask("Count to ten.", max_tokens=12)
+    comma = plain.token_ids[1]
+    assert (
+        engine.ask("Count to ten.", max_tokens=12, logit_bias={str(comma): -100.0}).token_ids
+        != plain.token_ids
+    )
+    for name, value in (("repetition_penalty", 40.0), ("presence_penalty", 2.0), ("frequency_penalty", 2.0)):
+        job = engine.ask("Count to ten.", max_tokens=12, **{name: value})
+        assert job.end.code is None, name
+    assert engine.ask("Count to ten.", max_tokens=12, repetition_penalty=40.0).token_ids != plain.token_ids
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("temperature", [0.0, 1e-30])
+def test_no_temperature_is_greedy(engine: Running, temperature: float) -> None:
+    job = engine.ask("What is the capital of France?", temperature=temperature)
+    assert job.text == "The capital of France is Paris."
+
+
+# === failure and cancellation ===
+
+
+@pytest.mark.model
+def test_cancelling_ends_within_a_token(engine: Running) -> None:
+    def cancel_after_five(job: FakeJob) -> None:
+        job.cancelled = len(job.pieces) >= 5
+
+    job = engine.ask("Tell me a story.", on_token=cancel_after_five)
+    assert len(job.pieces) == 5
+    assert job.end is None, "the runtime answers a cancelled job, the engine lets go of it"
+    assert engine.ask("What is two plus two?").text == "Two plus two is four."
+
+
+@pytest.mark.model
+def test_cancelling_ends_a_long_prompt() -> None:
+    pytest.importorskip("mlx_lm")
+    from mlx_serving_router.mlx import MlxEngine
+
+    class CancelledOnThirdLook(FakeJob):
+        @property  # type: ignore[override]
+        def cancelled(self) -> bool:
+            self.looked += 1
+            return self.looked >= 3
+
+        @cancelled.setter
+        def cancelled(self, value: bool) -> None:
+            pass
+
+    running = Running(MlxEngine({"tiny": MODEL}, prefill_step_size=16))
+    request = SimpleNamespace(**{**UNSET, "request_id": "r", "model_id": "tiny", "prompt": "cat " * 400})
+    job = running.jobs.serve(CancelledOnThirdLook(request))
+    running.stop()
+    assert (job.looked, job.pieces, job.end) == (3, [], None)
+
+
+@pytest.mark.model
+def test_an_unknown_model_is_refused(engine: Running) -> None:
+    assert engine.ask("Hello", model_id="large").end.code == "MODEL_NOT_FOUND"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": []},
+        {"messages": None},
+        {"prompt": "Hello", "messages": [{"role": "user", "content": "Hello"}]},
+        {"messages": None, "prompt": ""},
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+    ],
+)
+def test_a_bad_request_is_refused_and_harms_no_other(engine: Running, fields: dict[str, Any]) -> None:
+    good = {"messages": [{"role": "user", "content": "Hello"}]}
+    job = engine.ask(**{**good, **fields})
+    assert (job.end.code, job.pieces) == ("REQUEST_VALIDATION_FAILED", [])
+    assert engine.ask(**good).text == "Hello! How can I help you?"
+
+
+@pytest.mark.model
+def test_a_request_that_breaks_fails_alone_and_quotes_nothing(
+    engine: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: FakeJob) -> None:
+        raise RuntimeError("the consumer broke")
+
+    assert engine.ask("Hello", on_token=broken).end.code == "WORKER_UNAVAILABLE"
+    job = engine.ask("open sesame \ud83d")  # half a surrogate pair: no tokenizer takes it
+    assert job.end.code == "WORKER_UNAVAILABLE"
+    assert "sesame" not in job.end.message + caplog.text
+    assert engine.ask("Hello").text == "Hello! How can I help you?"
+
+
+# === loading ===
+
+
+@pytest.mark.model
+def test_reports_loading_then_ready(engine: Running) -> None:
+    assert engine.jobs.reports == [("loading", (), ("tiny",)), ("ready", ("tiny",), ())]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("damage", "missing"),
+    [
+        (shutil.rmtree, ()),
+        (lambda folder: (folder / "config.json").unlink(), ("config.json",)),
+        (lambda folder: (folder / "model.safetensors").unlink(), ("model.safetensors",)),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json",)),
+        (lambda folder: (folder / "config.json").write_text("{"), ()),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"), ()),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "abacus"}'), ()),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-2.safetensors"}}'
+            ),
+            ("model-2.safetensors",),
+        ),
+    ],
+    ids=["folder", "config", "weights", "tokenizer", "bad config", "bad weights", "unknown type", "shard"],
+)
+def test_a_missing_or_broken_folder_is_named(
+    tmp_path: Path, damage: Callable[[Path], object], missing: tuple[str, ...]
+) -> None:
+    pytest.importorskip("mlx_lm")
+    from mlx_serving_router.mlx import MlxEngine, ModelLoadError
+
+    folder = tmp_path / "broken"
+    shutil.copytree(MODEL, folder)
+    damage(folder)
+    running = Running(MlxEngine({"tiny": str(folder)}))
+    with pytest.raises(ModelLoadError) as raised:
+        running.stop()
+    assert (raised.value.model, raised.value.location) == ("tiny", str(folder))
+    assert raised.value.missing == missing
+    assert not running.jobs.ready.is_set()
+
+
+@pytest.mark.model
+def test_models_are_named_by_mapping_folder_or_hub_id(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    from mlx_serving_router.mlx import MlxEngine
+
+    assert MlxEngine({"tiny": MODEL}).models == ("tiny",)
+    assert MlxEngine(str(MODEL)).models == ("model",)
+    assert MlxEngine([tmp_path / "a", "org/Some-Model-4bit"]).models == ("a", "org/Some-Model-4bit")
+    assert repr(MlxEngine({"tiny": "a/b/c"})) == "MlxEngine({'tiny': 'a/b/c'}, max_tokens=512, phase=None)"
+    for bad in ({}, [], {"": MODEL}, [tmp_path / "x" / "a", tmp_path / "y" / "a"]):
+        with pytest.raises(ValueError, match="model"):
+            MlxEngine(bad)
+
+
+def test_without_mlx_only_construction_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_serving_router.mlx import MlxEngine
+
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    with pytest.raises(ImportError, match=r"mlx-serving-router\[mlx\]"):
+        MlxEngine({"tiny": MODEL})
+
+
+# === the parts that need no model ===
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": -1},
+        {"max_tokens": 1.5},
+        {"max_tokens": True},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"top_k": -2},
+        {"min_p": 1.5},
+        {"seed": 0.5},
+        {"stop": [""]},
+        {"stop": [7]},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": float("inf")},
+        {"logit_bias": {"100": 1.0}},
+        {"logit_bias": {"-1": 1.0}},
+        {"logit_bias": {"a": 1.0}},
+        {"logit_bias": {"1": 101.0}},
+        {"logprobs": 2},
+        {"response_format": {"type": "json_object"}},
+        {"resume": {"tokenIds": [1], "text": "a"}},
+    ],
+    ids=str,
+)
+def test_parameters_out_of_range_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        Parameters.from_request(SimpleNamespace(**{**UNSET, **fields}), default_max_tokens=9, vocabulary=100)
+
+
+def test_parameters_have_defaults_and_neutral_values() -> None:
+    neutral = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
+    neutral |= {
+        "logit_bias": {},
+        "logprobs": 0,
+        "stop": [],
+        "response_format": {"type": "text"},
+        "temperature": 0,
+    }
+    unset, off = (
+        Parameters.from_request(SimpleNamespace(**{**UNSET, **fields}), default_max_tokens=9, vocabulary=100)
+        for fields in ({}, neutral)
+    )
+    assert unset == off
+    assert (unset.max_tokens, unset.temperature, unset.seed) == (9, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{}],
+        [{"role": "user", "content": 7}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "assistant", "tool_calls": [5]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}],
+    ],
+    ids=str,
+)
+def test_messages_that_no_template_takes_are_refused(messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(InvalidRequestError):
+        chat_messages(messages)
+
+
+def test_arguments_of_tool_calls_become_objects() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    (message,) = chat_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert message["content"] == ""
+    assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "shown"),
+    [
+        ([], "abc", "abc"),
+        (["bc"], "abcd", "a"),
+        (["abcd", "bc"], "xabcd", "xa"),  # the first one complete
+        (["bc", "abc"], "xabc", "x"),  # complete together: the longer
+        (["aab"], "aaab", "a"),
+        (["abab"], "abaabab", "aba"),
+        (["xyz"], "xyxy", "xyxy"),
+        (["é🙂"], "café🙂!", "caf"),
+    ],
+)
+def test_stop_strings_are_found_however_the_text_is_cut(stops: list[str], text: str, shown: str) -> None:
+    for cuts in range(2 ** (len(text) - 1)):
+        pieces, start = [], 0
+        for position in range(1, len(text) + 1):
+            if position == len(text) or cuts >> (position - 1) & 1:
+                pieces.append(text[start:position])
+                start = position
+        matcher = StopMatcher(stops)
+        out = ""
+        for piece in pieces:
+            out += matcher.push(piece)
+            assert shown.startswith(out)
+            if matcher.stopped:
+                break
+        assert out + matcher.finish() == shown
+        assert matcher.stopped == (shown != text)
+
+
+def test_the_decoder_holds_back_incomplete_characters() -> None:
+    def decode(ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    decoder = IncrementalDecoder(decode)
+    assert [decoder.push(byte) for byte in "aé🙂b".encode()] == ["a", "", "é", "", "", "", "🙂", "b"]
+    assert decoder.push(0xF0) + decoder.finish() == ""
