@@ -12,7 +12,7 @@ ONCE ?=
 ARGS ?=
 
 # The recipe's shell: find an interpreter, then become it, so that Ctrl-C and the exit status are the target's own.
-dev = @python=$$(sh scripts/find-python.sh) && PYTHONDONTWRITEBYTECODE=1 exec "$$python" scripts/dev.py
+dev = @python=$$(sh scripts/find-python.sh) && exec "$$python" -B scripts/dev.py
 
 help:
 	@echo "make demo     one chat, answered end to end by real parts, then served until Ctrl-C (ONCE=1: ends by itself)"

@@ -10,13 +10,16 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import environment
 from environment import BIN, PYTHON, ROOT
 from progress import StepError, Steps, duration, note
 
-_SETUP_STEPS = 3
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SETUP_STEPS = 2
 
 
 def main(arguments: list[str]) -> int:
@@ -38,10 +41,8 @@ def _prepare(profile: str, further_steps: int) -> Steps:
     with environment.exclusive():
         steps.begin(f"Virtual environment .venv, Python {sys.version.split()[0]}")
         environment.ensure_venv()
-        steps.begin("Python packages")
-        environment.ensure_packages(profile)
-        steps.begin("Rust core, release build (minutes the first time, then only what changed)")
-        environment.ensure_extension()
+        steps.begin("Python packages and Rust core")
+        environment.ensure_contents(profile)
     return steps
 
 
@@ -74,6 +75,7 @@ def test(arguments: list[str]) -> int:
     steps = _prepare("dev", 2)
     jobs = str(os.cpu_count() or 2)
     results = []
+    rust: list[str | Path]
     if shutil.which("cargo-nextest"):
         rust = ["cargo", "nextest", "run", "--no-tests=pass", "--test-threads", jobs]
     else:
@@ -88,7 +90,7 @@ def test(arguments: list[str]) -> int:
 def check(_arguments: list[str]) -> int:
     """Runs every linter, also after one has failed."""
     locked = ["--locked"] if os.environ.get("CI") else []
-    clippy = ["cargo", "clippy", "--quiet", "--all-targets", *locked]
+    clippy: list[str | Path] = ["cargo", "clippy", "--quiet", "--all-targets", *locked]
     linters: list[tuple[str, list[str | Path]]] = [
         ("rustfmt", ["cargo", "fmt", "--check"]),
         ("ruff check", [PYTHON, "-m", "ruff", "check", "--quiet"]),
@@ -114,7 +116,7 @@ _TARGETS = {"build": build, "demo": demo, "test": test, "check": check, "bench":
 # === jobs ===
 
 
-def _job(name: str, command: list[str] | list[str | Path]) -> tuple[str, int, float]:
+def _job(name: str, command: list[str | Path]) -> tuple[str, int, float]:
     started = time.monotonic()
     try:
         status = subprocess.run(command, cwd=ROOT, env=environment.environment(), check=False).returncode

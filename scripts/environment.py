@@ -1,8 +1,9 @@
 """The project's own environment, `.venv`: made, filled and rebuilt only when what it is made from changed.
 
-Three stages, each with a stamp in `.venv/.stamps` that holds a digest of its inputs and is written when the stage
-has succeeded: the virtual environment (the interpreter), the packages (the requirements in pyproject.toml), and the
-extension module (every file that Cargo and maturin read). A stage whose stamp matches does nothing and asks no network.
+Each stage has a stamp in `.venv/.stamps` that holds a digest of its inputs and is written when the stage has succeeded:
+the virtual environment (the interpreter) and its build tools, the packages (the requirements in pyproject.toml), the
+extension module (every file that Cargo and maturin read), and its editable installation (the package's metadata).
+A stage whose stamp matches does nothing and asks no network.
 
 Runs on the standard library of any CPython 3.11 or newer.
 """
@@ -22,7 +23,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from progress import StepError, note, run_logged
+from progress import Job, StepError, note, run_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,8 +77,16 @@ def exclusive() -> Iterator[None]:
 def ensure_venv() -> None:
     """Makes `.venv` with the running interpreter, unless one made with it is there and works."""
     digest = _digest(sys.version, str(Path(sys.base_prefix).resolve()), str(VENV))
-    if _fresh("venv", digest) and _runs(PYTHON):
-        return
+    if not (_fresh("venv", digest) and _has_module(PYTHON, "pip")):
+        _make_venv(digest)
+    # The pip that an older CPython brings does not know today's metadata in full.
+    tools = ["pip>=25.1", *_group(_pyproject(), "build")]
+    if not _fresh("tools", _digest(*tools)):
+        _run(_pip([PYTHON, "-m", "pip"], ["--upgrade", *tools]))
+        _stamp("tools", _digest(*tools))
+
+
+def _make_venv(digest: str) -> None:
     if VENV.exists():
         note("the existing .venv was made with another interpreter, or does not work: made anew")
         shutil.rmtree(VENV)
@@ -91,41 +100,54 @@ def ensure_venv() -> None:
                 "Debian, Ubuntu: apt install python3-venv; or name another one: make PYTHON=/path/to/python3 ..."
             )
         _quietly([sys.executable, "-m", "venv", "--without-pip", VENV], "virtual environment")
-        _pip([sys.executable, "-m", "pip", "--python", PYTHON], ["pip"])
-    # The pip that an older CPython brings does not know today's metadata in full.
-    _pip([PYTHON, "-m", "pip"], ["--upgrade", "pip>=25.1"])
+        _run(_pip([sys.executable, "-m", "pip", "--python", PYTHON], ["pip"]))
     _stamp("venv", digest)
 
 
-def _runs(python: Path) -> bool:
-    return subprocess.run([python, "-c", "import pip"], capture_output=True, check=False).returncode == 0
+def _has_module(python: str | Path, module: str) -> bool:
+    try:
+        return subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+    except OSError:  # a link to an interpreter that is no longer there
+        return False
 
 
-def _has_module(python: str, module: str) -> bool:
-    return subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+# === the packages and the extension module ===
 
 
-# === the packages ===
+def ensure_contents(profile: str) -> None:
+    """Fills `.venv`: the packages that a profile (`demo` or `dev`) needs, and the Rust core in release mode.
 
-
-def ensure_packages(profile: str) -> None:
-    """Installs what a profile (`demo` or `dev`) needs, unless exactly that is installed already.
+    The two are made side by side, as one waits for the network and the other for the processor.
 
     Raises:
-        StepError: The installation failed.
+        StepError: An installation failed, cargo is missing or too old, or the build failed.
     """
-    if any(_fresh(f"packages-{name}", _digest(*requirements(name))) for name in _COVERED_BY[profile]):
-        return
-    wanted = requirements(profile)
-    note("from PyPI; only needed once")
-    _pip([PYTHON, "-m", "pip"], wanted)
-    _stamp(f"packages-{profile}", _digest(*wanted))
+    jobs = []
+    packages = _digest(*requirements(profile))
+    if not any(_fresh(f"packages-{name}", _digest(*requirements(name))) for name in _COVERED_BY[profile]):
+        note("packages from PyPI; only needed once")
+        # Compiled to bytecode when they are imported: that is a small part of them, and pip compiles everything.
+        job = _pip([PYTHON, "-m", "pip"], ["--no-compile", *requirements(profile)])
+        jobs.append((f"packages-{profile}", packages, job))
+    extension = _digest(*_source_files(), sys.version)
+    if not (_fresh("extension", extension) and any(PACKAGE.glob("_native*.so"))):
+        _require_rust()
+        note("release build; minutes the first time, then only what changed")
+        jobs.append(("extension", extension, _maturin("develop", "--release", "--skip-install")))
+    if jobs:
+        _run(*(job for _, _, job in jobs))
+    for stage, digest, _ in jobs:
+        _stamp(stage, digest)
+    metadata = _digest(*(_file_digest(ROOT / name) for name in ("Cargo.toml", "pyproject.toml")))
+    if not _fresh("installation", metadata):
+        # An explicit group, as maturin installs the group `dev` of its own accord.
+        _run(_maturin("develop", "--release", "--group", "build"))
+        _stamp("installation", metadata)
 
 
 def requirements(profile: str) -> list[str]:
     """The requirements of a profile, in the order and words of pyproject.toml."""
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        document = tomllib.load(file)
+    document = _pyproject()
     extras, groups = _PROFILES[profile]
     found: dict[str, None] = {}
     for extra in extras:
@@ -133,6 +155,11 @@ def requirements(profile: str) -> list[str]:
     for group in groups:
         found.update(dict.fromkeys(_group(document, group)))
     return list(found)
+
+
+def _pyproject() -> dict[str, Any]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)
 
 
 def _extra(document: dict[str, Any], extra: str) -> Iterator[str]:
@@ -154,53 +181,38 @@ def _group(document: dict[str, Any], group: str) -> Iterator[str]:
             yield from _group(document, entry["include-group"])
 
 
-def _pip(pip: list[str | Path], arguments: list[str]) -> None:
+def _run(*jobs: Job) -> None:
+    run_together(jobs, env=environment(), cwd=ROOT)
+
+
+def _pip(pip: list[str | Path], arguments: list[str]) -> Job:
     def describe(line: str) -> str | None:
         words = line.split()
         if line.startswith(("Collecting ", "Downloading ", "  Downloading ")):
             return f"{words[0].lower()} {words[1]}"
-        return "installing" if line.startswith("Installing collected") else None
+        return "installing packages" if line.startswith("Installing collected") else None
 
     def failure(output: str) -> str:
         if "No space left" in output:
             return "the disk is full"
-        if re.search(r"Could not find a version|No matching distribution|ConnectionError|NewConnection|Timeout", output):
+        if re.search(r"Could not find a version|No matching distribution|Connection|Timeout|timed out", output):
             return "pip could not get a package; is PyPI (or the mirror that pip is set to) within reach?"
         return "pip could not install the Python packages"
 
-    run_logged(
-        [*pip, "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off", *arguments],
-        log=LOGS / "pip.log", env=environment(), cwd=ROOT, describe=describe, failure=failure,
-    )  # fmt: skip
+    command = [*pip, "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off", *arguments]
+    return Job(command, LOGS / "pip.log", describe, failure)
 
 
-def _quietly(command: list[str | Path], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise StepError(f"{done.stdout}{done.stderr}\ncannot make the {what} in {VENV}")
-
-
-# === the extension module ===
-
-
-def ensure_extension() -> None:
-    """Builds the Rust core in release mode and installs the package into `.venv`, editable, if sources changed.
-
-    Raises:
-        StepError: cargo is missing or too old, or the build failed.
-    """
-    digest = _digest(*_source_files(), sys.version)
-    if _fresh("extension", digest) and any(PACKAGE.glob("_native*.so")):
-        return
-    _require_rust()
+def _maturin(*arguments: str) -> Job:
     crates = 0
+    in_lock = (ROOT / "Cargo.lock").read_text(encoding="utf-8").count("[[package]]")
 
     def describe(line: str) -> str | None:
         nonlocal crates
         words = line.split()
         if len(words) > 2 and words[0] == "Compiling":
             crates += 1
-            return f"compiling {words[1]} ({crates} of at most {_crates_in_lock()} crates)"
+            return f"compiling {words[1]} ({crates} of at most {in_lock} crates)"
         return None
 
     def failure(output: str) -> str:
@@ -214,11 +226,13 @@ def ensure_extension() -> None:
 
     # cargo may change Cargo.lock while somebody works on Cargo.toml, but never in CI.
     locked = ["--locked"] if os.environ.get("CI") else []
-    run_logged(
-        [PYTHON, "-m", "maturin", "develop", "--release", *locked],
-        log=LOGS / "extension.log", env=environment(), cwd=ROOT, describe=describe, failure=failure,
-    )  # fmt: skip
-    _stamp("extension", digest)
+    return Job([PYTHON, "-m", "maturin", *arguments, *locked], LOGS / "extension.log", describe, failure)
+
+
+def _quietly(command: list[str | Path], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise StepError(f"{done.stdout}{done.stderr}\ncannot make the {what} in {VENV}")
 
 
 def _source_files() -> Iterator[str]:
@@ -227,12 +241,11 @@ def _source_files() -> Iterator[str]:
     files += sorted(path for path in (ROOT / "src").rglob("*") if path.is_file())
     for path in files:
         if path.is_file():
-            yield f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+            yield _file_digest(path)
 
 
-def _crates_in_lock() -> int:
-    lock = ROOT / "Cargo.lock"
-    return lock.read_text(encoding="utf-8").count("[[package]]") if lock.is_file() else 0
+def _file_digest(path: Path) -> str:
+    return f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def _require_rust() -> None:

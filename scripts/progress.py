@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
-
-#: Turns a line of a command's output into what the progress line shows, or None to keep what it shows.
-Describe = "Callable[[str], str | None]"
 
 # A log that is not a terminal gets a line this often (seconds), so that a long step is seen to live.
 _LOG_INTERVAL = 15.0
@@ -44,65 +45,99 @@ def note(text: str) -> None:
     print(f"      {text}", flush=True)
 
 
-def run_logged(
-    command: Sequence[str | os.PathLike[str]],
-    *,
-    log: Path,
-    env: Mapping[str, str],
-    cwd: Path,
-    describe: Callable[[str], str | None],
-    failure: Callable[[str], str],
-) -> None:
-    """Runs a long command with its output in a log file and one line of progress on the terminal.
+@dataclass(frozen=True)
+class Job:
+    """A long command with its output in a log file and its progress in a few words.
 
     Args:
         command: What to run.
         log: The file that gets everything the command prints.
-        env: The command's whole environment.
-        cwd: The command's working directory.
-        describe: Called with each line of output; what it returns is shown as the progress.
+        describe: Called with each line of output; what it returns is shown as the progress, None changes nothing.
         failure: Called with the whole output of a command that failed; says what to do.
+    """
+
+    command: Sequence[str | os.PathLike[str]]
+    log: Path
+    describe: Callable[[str], str | None]
+    failure: Callable[[str], str]
+
+
+def run_together(jobs: Sequence[Job], *, env: Mapping[str, str], cwd: Path) -> None:
+    """Runs long commands side by side under one line of progress, and returns when all have succeeded.
+
+    Args:
+        jobs: What to run.
+        env: The commands' whole environment.
+        cwd: The commands' working directory.
 
     Raises:
-        StepError: The command could not be started or ended with a status other than 0.
+        StepError: A command could not be started or ended with a status other than 0; the others were stopped.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    output: list[str] = []
+    ended: queue.SimpleQueue[_Running] = queue.SimpleQueue()
+    running: list[_Running] = []
     try:
-        process = subprocess.Popen(
-            [os.fspath(part) for part in command],
-            cwd=cwd,
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-    except OSError as error:
-        raise StepError(f"cannot run {os.fspath(command[0])}: {error}") from error
+        with _Ticker(lambda: "; ".join(job.progress for job in running if job.progress)):
+            running.extend(_Running(job, env, cwd, ended) for job in jobs)
+            for _ in jobs:
+                ended.get().raise_if_failed()
+    finally:
+        for job in running:
+            job.stop()
 
-    assert process.stdout is not None
-    with _Ticker() as ticker, log.open("w", encoding="utf-8") as file:
-        for line in process.stdout:
-            output.append(line)
-            file.write(line)
-            shown = describe(line)
-            if shown:
-                ticker.text = shown
-        status = process.wait()
 
-    if status != 0:
-        tail = "".join(output[-_TAIL_LINES:])
-        what = failure("".join(output))
-        raise StepError(f"{tail}\nfailed (exit status {status}): {what}\nthe whole log: {log}")
+class _Running:
+    """A job's process and the thread that reads what it says."""
+
+    def __init__(self, job: Job, env: Mapping[str, str], cwd: Path, ended: queue.SimpleQueue[_Running]) -> None:
+        self.progress = ""
+        self._job = job
+        self._ended = ended
+        self._output: list[str] = []
+        self._status: int | None = None
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._process = subprocess.Popen(
+                [os.fspath(part) for part in job.command],
+                cwd=cwd,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a group of its own, so that it ends with all its children
+            )
+        except OSError as error:
+            raise StepError(f"cannot run {os.fspath(job.command[0])}: {error}") from error
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with self._job.log.open("w", encoding="utf-8") as file:
+            for line in self._process.stdout or ():
+                self._output.append(line)
+                file.write(line)
+                self.progress = self._job.describe(line) or self.progress
+        self._status = self._process.wait()
+        self.progress = ""
+        self._ended.put(self)
+
+    def raise_if_failed(self) -> None:
+        if self._status != 0:
+            tail = "".join(self._output[-_TAIL_LINES:])
+            what = self._job.failure("".join(self._output))
+            raise StepError(f"{tail}\nfailed (exit status {self._status}): {what}\nthe whole log: {self._job.log}")
+
+    def stop(self) -> None:
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
 
 
 class _Ticker:
     """Shows the latest progress text with the time gone by: in place on a terminal, now and then in a log."""
 
-    def __init__(self) -> None:
-        self.text = ""
+    def __init__(self, text: Callable[[], str]) -> None:
+        self._text = text
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._terminal = sys.stdout.isatty()
@@ -121,7 +156,7 @@ class _Ticker:
     def _run(self) -> None:
         interval = _TERMINAL_INTERVAL if self._terminal else _LOG_INTERVAL
         while not self._stop.wait(interval):
-            line = f"      {duration(time.monotonic() - self._started)}  {self.text}"
+            line = f"      {duration(time.monotonic() - self._started)}  {self._text()}"
             if self._terminal:
                 print(f"\r\x1b[K{line[:100]}", end="", flush=True)
             else:
