@@ -5,9 +5,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::rendezvous;
 use super::settings::RouterSettings;
 use super::worker::{Standing, Worker};
 use crate::wire::WorkerId;
@@ -21,7 +23,7 @@ pub(super) struct Fleet {
     models: HashMap<Arc<str>, Model>,
 }
 
-/// A model and the online workers that serve it, by id.
+/// A model and the online workers that serve it, at least one, by id.
 #[derive(Debug)]
 pub(super) struct Model {
     pub(super) workers: Box<[Arc<Worker>]>,
@@ -35,10 +37,26 @@ pub(super) struct Candidates<'a> {
     pub(super) model: &'a Model,
     pub(super) model_id: &'a str,
     pub(super) exclude: &'a [WorkerId],
+    /// Those who stand so, and no others.
     pub(super) tier: Standing,
+    /// Too few of the model's workers are admitted: those opened by their failure rate are candidates too.
+    pub(super) panic: bool,
+    /// New workers are candidates now and then only.
+    pub(super) warm_up: Option<WarmUp>,
     pub(super) settings: &'a RouterSettings,
     pub(super) now: Instant,
 }
+
+/// Slow start: a new worker is a candidate with a probability that grows from [`COLD`] to 1.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WarmUp {
+    pub(super) length: Duration,
+    /// A random number for this selection.
+    pub(super) draw: u64,
+}
+
+/// The share of a worker that has just registered.
+const COLD: f64 = 0.1;
 
 // === impl Fleet ===
 
@@ -87,14 +105,12 @@ impl Model {
 impl<'a> Candidates<'a> {
     /// Whether the worker at a place is a candidate.
     pub(super) fn admits(&self, place: usize) -> bool {
-        let worker = &self.model.workers[place];
+        let worker = &*self.model.workers[place];
         worker.standing() == self.tier
             && worker.load.has_room(self.now)
             && !self.exclude.contains(&worker.id)
-            && match (&worker.breaker, &self.settings.breaker) {
-                (Some(breaker), Some(settings)) => breaker.admits(settings, self.now),
-                _ => true,
-            }
+            && worker.admits(self.settings, self.panic, self.now)
+            && self.warm_up.is_none_or(|warm_up| warm_up.admits(worker, self.now))
     }
 
     /// The candidates with their places, once around from a place.
@@ -113,5 +129,28 @@ impl<'a> Candidates<'a> {
     /// Says who was chosen, so that others are next.
     pub(super) fn took(&self, place: usize) {
         self.model.turn.store(place + 1, Ordering::Relaxed);
+    }
+
+    /// A worker's load, as much larger for a new one as its share is to be smaller.
+    pub(super) fn load(&self, worker: &Worker) -> u32 {
+        let load = worker.load.total(self.now);
+        match self.warm_up {
+            None => load,
+            Some(warm_up) => (f64::from(load) / warm_up.warmth(worker, self.now)) as u32,
+        }
+    }
+}
+
+// === impl WarmUp ===
+
+impl WarmUp {
+    fn admits(self, worker: &Worker, now: Instant) -> bool {
+        let warmth = self.warmth(worker, now);
+        warmth >= 1.0 || (rendezvous::score(self.draw, worker.seat) as f64) < warmth * u64::MAX as f64
+    }
+
+    fn warmth(self, worker: &Worker, now: Instant) -> f64 {
+        let part = worker.load.age(now).as_secs_f64() / self.length.as_secs_f64();
+        (COLD + (1.0 - COLD) * part).min(1.0)
     }
 }

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::breaker::{CircuitState, Permit, Verdict};
 use super::router::Router;
+use super::selection::{LeftOut, Query};
 use super::sessions::Binding;
 use super::worker::{Carrier, Worker};
 use crate::error::{BreakerEffect, ControllerErrorCode};
@@ -129,6 +130,13 @@ impl Lease {
     #[must_use]
     pub fn choice(&self) -> Choice {
         self.choice
+    }
+
+    /// Who was no candidate for this query beside the chosen worker, and why. It looks at all who serve the model, and
+    /// allocates nothing where all were candidates.
+    #[must_use]
+    pub fn left_out(&self, query: &Query<'_>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
+        self.router.left_out(query, &self.worker, now)
     }
 
     /// The first token came, so long after the request was sent. For a probe of a half-open breaker this is its success.

@@ -19,13 +19,14 @@ pub(super) struct Load {
     foreign: AtomicU32,
     /// Until when `foreign` counts, in milliseconds since `born`.
     foreign_until: AtomicU64,
-    latency: Mutex<PeakEwma>,
+    /// `None` before the first answer.
+    latency: Mutex<Option<PeakEwma>>,
 }
 
 /// A moving average of the time to first token that jumps to a peak and sinks slowly, as finagle's and linkerd's do:
 /// a larger sample replaces it; a smaller one pulls it down by `1 − e^(−age / DECAY)`; without samples it decays to zero,
 /// so that a worker once slow is tried again.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct PeakEwma {
     seconds: f64,
     at: Instant,
@@ -33,8 +34,6 @@ struct PeakEwma {
 
 /// The time constant of the average.
 const DECAY: Duration = Duration::from_secs(10);
-/// What is expected of a worker before its first answer, in seconds.
-const UNKNOWN: f64 = 1.0;
 /// A failure counts as a first token after twice the average, but not less and not more than this, in seconds: a worker
 /// that fails fast must not attract requests.
 const PENALTY: (f64, f64) = (5.0, 60.0);
@@ -49,7 +48,7 @@ impl Load {
             limit: AtomicU32::new(limit),
             foreign: AtomicU32::new(0),
             foreign_until: AtomicU64::new(0),
-            latency: Mutex::new(PeakEwma { seconds: UNKNOWN, at: now }),
+            latency: Mutex::new(None),
         }
     }
 
@@ -103,22 +102,28 @@ impl Load {
     }
 
     pub(super) fn observe(&self, ttft: Duration, now: Instant) {
-        self.latency.lock().observe(ttft.as_secs_f64(), now);
+        let mut latency = self.latency.lock();
+        *latency = Some(PeakEwma::with(*latency, ttft.as_secs_f64(), now));
     }
 
     pub(super) fn observe_failure(&self, now: Instant) {
         let mut latency = self.latency.lock();
-        let penalty = (2.0 * latency.estimate(now)).clamp(PENALTY.0, PENALTY.1);
-        latency.observe(penalty, now);
+        let estimate = latency.map_or(0.0, |latency| latency.estimate(now));
+        *latency = Some(PeakEwma::with(*latency, (2.0 * estimate).clamp(PENALTY.0, PENALTY.1), now));
     }
 
-    /// The expected time to first token, in seconds.
-    pub(super) fn latency(&self, now: Instant) -> f64 {
-        self.latency.lock().estimate(now)
+    /// The expected time to first token, in seconds; `None` before the first answer.
+    pub(super) fn latency(&self, now: Instant) -> Option<f64> {
+        self.latency.lock().map(|latency| latency.estimate(now))
+    }
+
+    /// How long ago the worker registered.
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.born)
     }
 
     fn millis(&self, now: Instant) -> u64 {
-        u64::try_from(now.saturating_duration_since(self.born).as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.age(now).as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -133,9 +138,10 @@ impl PeakEwma {
         self.seconds * self.weight(now)
     }
 
-    fn observe(&mut self, seconds: f64, now: Instant) {
-        let weight = self.weight(now);
-        self.seconds = if seconds > self.seconds * weight { seconds } else { self.seconds * weight + seconds * (1.0 - weight) };
-        self.at = self.at.max(now);
+    fn with(before: Option<Self>, seconds: f64, now: Instant) -> Self {
+        let Some(before) = before else { return Self { seconds, at: now } };
+        let weight = before.weight(now);
+        let seconds = seconds.max(before.seconds * weight + seconds * (1.0 - weight));
+        Self { seconds, at: before.at.max(now) }
     }
 }

@@ -4,11 +4,12 @@
 //!
 //! | file | what it decides |
 //! |---|---|
-//! | `registry` | who is in the fleet: incarnations, signs of life, silence |
+//! | `registry`, `history` | who is in the fleet: incarnations, signs of life, silence, returns |
 //! | `fleet` | the picture of the fleet that selections read, swapped whole when membership changes |
 //! | `worker`, `load` | one life of one worker: its standing, its requests in flight, its speed |
-//! | `breaker`, `window` | whether a worker that failed is left alone |
+//! | `breaker/` | whether a worker that failed is left alone |
 //! | `sessions`, `rendezvous` | which worker a session belongs to |
+//! | `selection` | who gets a request, or why nobody does |
 //! | `strategy/` | which of the candidates is taken |
 //!
 //! The room knows no transport, no task and no clock. The observer is never called under a lock.
@@ -17,23 +18,26 @@ mod breaker;
 mod dice;
 mod event;
 mod fleet;
+mod history;
 mod lease;
 mod load;
 mod registry;
 mod rendezvous;
 mod router;
+mod selection;
 mod sessions;
 mod settings;
 mod snapshot;
 mod strategy;
-mod window;
+
 mod worker;
 
 pub use breaker::{BreakerReason, BreakerStats, CircuitState};
 pub use event::{Observer, RouterEvent};
 pub use lease::{Choice, Lease, Outcome};
 pub use registry::{HeartbeatVerdict, IgnoredBecause, Registered};
-pub use router::{Query, Refusal, Router};
+pub use router::Router;
+pub use selection::{LeftOut, Query, Refusal};
 pub use settings::{BreakerSettings, RouterSettings};
 pub use snapshot::WorkerSnapshot;
 pub use worker::Carrier;

@@ -5,7 +5,7 @@
 //! injected clock alone. Everything here runs under the router's lock; what has to be told is gathered in [`Effects`] and
 //! told without it.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::event::RouterEvent;
+use super::history::{Departed, History};
 use super::settings::RouterSettings;
 use super::worker::{Carrier, Live, Standing, Worker};
 use crate::wire::{Heartbeat, Registration, Skills, WorkerId};
@@ -78,24 +79,9 @@ pub(super) struct Registry {
 #[derive(Debug)]
 struct Member {
     worker: Arc<Worker>,
-    past: Past,
+    history: History,
 }
 
-/// The latest incarnations of an id that are over, the oldest first.
-#[derive(Debug, Default)]
-struct Past(VecDeque<Arc<str>>);
-
-/// The pasts of workers that are not in the fleet, for an hour since they were last heard from, and of no more of them than the fleet may have members.
-#[derive(Debug, Default)]
-struct Departed {
-    pasts: HashMap<WorkerId, (Past, Instant)>,
-    order: VecDeque<(WorkerId, Instant)>,
-}
-
-/// Incarnations remembered for each id.
-const REMEMBERED: usize = 16;
-/// How long the past of a worker that left is remembered.
-const REMEMBERED_FOR: Duration = Duration::from_secs(3_600);
 /// The running requests of a draining worker have so long to finish.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 /// A worker that has been offline for so many times the offline timeout is forgotten.
@@ -148,13 +134,14 @@ impl Registry {
             if self.members.len() >= self.settings.max_workers {
                 return Registered::Ignored(IgnoredBecause::FleetFull);
             }
-            let past = self.departed.take(id);
-            self.admit(registration, carrier, past, now);
+            let known = self.departed.take(id);
+            let is_back = known.is_some();
+            self.admit(registration, carrier, known.unwrap_or_default(), is_back, now);
             effects.events.push(registered(&self.members[id].worker));
             effects.room = true;
             return Registered::New;
         };
-        if member.past.contains(incarnation) {
+        if member.history.contains(incarnation) {
             return Registered::Ignored(IgnoredBecause::Superseded);
         }
         // A worker without incarnations registers at its start only: it is always another life.
@@ -165,10 +152,7 @@ impl Registry {
             return Registered::Ignored(IgnoredBecause::Deregistered);
         }
         let worker = member.worker.clone();
-        let differs = self.change(&worker, effects, |live| {
-            live.heard(now);
-            live.describe(registration)
-        });
+        let differs = self.hear(&worker, now, effects, |live| live.describe(registration));
         self.version += u64::from(differs);
         effects.room = true;
         Registered::Renewed
@@ -194,7 +178,7 @@ impl Registry {
         let member = &self.members[id];
         let worker = member.worker.clone();
         if *worker.incarnation != *incarnation {
-            let over = incarnation.is_empty() || member.past.contains(incarnation);
+            let over = incarnation.is_empty() || member.history.contains(incarnation);
             return if over { HeartbeatVerdict::Ignored } else { HeartbeatVerdict::Unknown };
         }
         {
@@ -214,10 +198,7 @@ impl Registry {
         let foreign = foreign.unwrap_or_else(|| heartbeat.metrics.active_requests.saturating_sub(own));
         worker.load.report_foreign(foreign, self.settings.heartbeat_interval * REPORT_LIFETIME, now);
         effects.room |= worker.load.total(now) < before;
-        self.change(&worker, effects, |live| {
-            live.update(heartbeat);
-            live.heard(now)
-        });
+        self.hear(&worker, now, effects, |live| live.update(heartbeat));
         HeartbeatVerdict::Taken
     }
 
@@ -243,10 +224,10 @@ impl Registry {
             (live.deregistered.is_some(), live.last_seen)
         };
         if deregistered {
-            member.past.push(&member.worker.incarnation);
+            member.history.push(&member.worker.incarnation);
         }
         effects.events.push(RouterEvent::WorkerRemoved { worker_id: id.clone() });
-        self.departed.insert(id, member.past, self.settings.max_workers, last_seen);
+        self.departed.insert(id, member.history, self.settings.max_workers, last_seen);
     }
 
     /// Our own connection is down: silence says nothing.
@@ -278,9 +259,13 @@ impl Registry {
         let timeout = self.settings.worker_offline_timeout;
         let mut silent = Vec::new();
         let mut over = Vec::new();
+        let mut rested = Vec::new();
         for Member { worker, .. } in self.members.values() {
             let live = worker.live();
             let silence = now.saturating_duration_since(live.silent_since);
+            if live.held.is_some_and(|until| now >= until) {
+                rested.push(worker.clone());
+            }
             if let Some(at) = live.deregistered {
                 // One without incarnations would come back with its next heartbeat: it is watched until it is silent.
                 let idle = worker.load.own() == 0 && (!worker.legacy || silence >= timeout);
@@ -296,6 +281,9 @@ impl Registry {
             } else if live.drained.is_some_and(|at| now.saturating_duration_since(at) >= DRAIN_LIMIT) {
                 effects.gone.push(live.gone.clone());
             }
+        }
+        for worker in rested {
+            self.change(&worker, effects, |live| live.held = None);
         }
         for worker in silent {
             effects.gone.push(worker.live().gone.clone());
@@ -314,17 +302,21 @@ impl Registry {
         });
     }
 
-    fn admit(&mut self, registration: &Registration, carrier: Carrier, past: Past, now: Instant) {
+    fn admit(&mut self, registration: &Registration, carrier: Carrier, mut history: History, is_back: bool, now: Instant) {
         self.serial += 1;
         let worker = Arc::new(Worker::new(registration, carrier, self.serial, &self.settings, now));
+        if is_back && carrier == Carrier::Nats {
+            let held = history.back(self.settings.flap_hold_max, now);
+            worker.change(|live| live.held = held);
+        }
         self.online += usize::from(worker.standing().is_online());
         self.version += 1;
-        self.members.insert(worker.id.clone(), Member { worker, past });
+        self.members.insert(worker.id.clone(), Member { worker, history });
     }
 
     fn replace(&mut self, registration: &Registration, carrier: Carrier, now: Instant, effects: &mut Effects) -> Registered {
         let id = &registration.worker_id;
-        let Some(Member { worker: old, mut past }) = self.members.remove(id) else {
+        let Some(Member { worker: old, mut history }) = self.members.remove(id) else {
             return Registered::Ignored(IgnoredBecause::Superseded);
         };
         let finishing = old.live().deregistered.is_some() && old.load.own() > 0;
@@ -334,8 +326,8 @@ impl Registry {
         } else {
             self.leave(&old, effects);
         }
-        past.push(&old.incarnation);
-        self.admit(registration, carrier, past, now);
+        history.push(&old.incarnation);
+        self.admit(registration, carrier, history, true, now);
         effects.room = true;
         effects.events.push(RouterEvent::WorkerReplaced {
             worker_id: id.clone(),
@@ -354,6 +346,18 @@ impl Registry {
         }));
         self.online -= usize::from(was_online);
         self.version += 1;
+    }
+
+    /// A member gave a sign of life and said something.
+    fn hear<T>(&mut self, worker: &Worker, now: Instant, effects: &mut Effects, take: impl FnOnce(&mut Live) -> T) -> T {
+        let is_back = worker.live().offline.is_some();
+        let history = self.members.get_mut(&worker.id).filter(|_| is_back).map(|member| &mut member.history);
+        let held = history.and_then(|history| history.back(self.settings.flap_hold_max, now));
+        self.change(worker, effects, |live| {
+            live.heard(now);
+            live.held = held.or(live.held);
+            take(live)
+        })
     }
 
     /// Changes what is known of a member, and tells what follows from it.
@@ -406,59 +410,5 @@ fn older_registration(heartbeat: &Heartbeat) -> Registration {
         features: Vec::new(),
         status: heartbeat.status,
         timestamp: heartbeat.timestamp,
-    }
-}
-
-// === impl Past ===
-
-impl Past {
-    fn contains(&self, incarnation: &str) -> bool {
-        self.0.iter().any(|known| **known == *incarnation)
-    }
-
-    fn push(&mut self, incarnation: &Arc<str>) {
-        if !incarnation.is_empty() && !self.contains(incarnation) {
-            if self.0.len() == REMEMBERED {
-                self.0.pop_front();
-            }
-            self.0.push_back(incarnation.clone());
-        }
-    }
-}
-
-// === impl Departed ===
-
-impl Departed {
-    fn remembers(&self, id: &WorkerId, incarnation: &str) -> bool {
-        self.pasts.get(id).is_some_and(|(past, _)| past.contains(incarnation))
-    }
-
-    fn take(&mut self, id: &WorkerId) -> Past {
-        self.pasts.remove(id).map(|(past, _)| past).unwrap_or_default()
-    }
-
-    fn insert(&mut self, id: WorkerId, past: Past, cap: usize, now: Instant) {
-        if past.0.is_empty() {
-            return;
-        }
-        self.pasts.insert(id.clone(), (past, now));
-        self.order.push_back((id, now));
-        while self.order.len() > cap {
-            self.forget_oldest();
-        }
-    }
-
-    fn expire(&mut self, now: Instant) {
-        while self.order.front().is_some_and(|(_, since)| now.saturating_duration_since(*since) >= REMEMBERED_FOR) {
-            self.forget_oldest();
-        }
-    }
-
-    fn forget_oldest(&mut self) {
-        if let Some((id, since)) = self.order.pop_front()
-            && self.pasts.get(&id).is_some_and(|(_, departed)| *departed == since)
-        {
-            self.pasts.remove(&id);
-        }
     }
 }

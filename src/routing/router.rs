@@ -1,75 +1,25 @@
-//! The door of the room: membership comes in, leases go out.
+//! The door of the room: membership comes in, and everybody may look. How leases go out is said in `selection`.
 //!
-//! A selection reads the picture of the fleet without a lock, chooses, and then takes the place and the permit in one step
-//! each; where a racing selection was quicker it chooses again. Locks are held for a few instructions, never while the
-//! observer runs.
+//! Locks are held for a few instructions, never while the observer runs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::breaker::{BreakerStats, CircuitState, Transition};
+use super::breaker::{BreakerReason, BreakerStats, CircuitState, Transition};
 use super::dice::Dice;
 use super::event::{Observer, RouterEvent};
-use super::fleet::{Candidates, Fleet, Model};
-use super::lease::{Choice, Lease};
+use super::fleet::Fleet;
 use super::registry::{Effects, HeartbeatVerdict, Registered, Registry};
 use super::sessions::{Binding, Sessions};
 use super::settings::RouterSettings;
 use super::snapshot::WorkerSnapshot;
-use super::worker::{Carrier, Standing, Worker};
-use super::{rendezvous, strategy};
+use super::worker::{Carrier, Worker};
 use crate::wire::{Heartbeat, Registration, WorkerId};
-
-/// What a worker is wanted for.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Query<'a> {
-    /// The model.
-    pub model_id: &'a str,
-    /// The conversation that the request belongs to.
-    pub session_id: Option<&'a str>,
-    /// Workers that failed this request.
-    pub exclude: &'a [WorkerId],
-    /// The worker that the caller wants, and no other; the rest is then only checked.
-    pub worker_id: Option<&'a str>,
-}
-
-/// Why nobody was chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// Nobody is online.
-    NoWorkers,
-    /// Nobody who is online, or not the worker that was named, serves the model.
-    ModelNotFound,
-    /// Workers serve the model, and every breaker refuses.
-    NoHealthyWorkers {
-        /// The soonest that one of them may admit a request.
-        retry_after: Duration,
-    },
-    /// Of those who were not tried yet, nobody is admitted.
-    AllTried {
-        /// Online workers that serve the model.
-        total: usize,
-        /// Those of them that their breakers admit.
-        healthy: usize,
-        /// Workers that were tried.
-        excluded: usize,
-    },
-    /// Somebody could serve the request once there is room; see [`Router::capacity_freed`].
-    Full,
-    /// The worker that was named is unknown, offline or draining.
-    WorkerOffline,
-    /// The breaker of the worker that was named is open.
-    CircuitOpen {
-        /// The soonest that it may admit a request.
-        retry_after: Duration,
-    },
-}
 
 /// The deciding core: who is in the fleet, and who gets a request.
 pub struct Router {
@@ -81,6 +31,10 @@ pub struct Router {
     version: AtomicU64,
     fleet: ArcSwap<Fleet>,
     sessions: Mutex<Sessions>,
+    /// How often a failure rate opened a breaker, and how often that had been when none was open by it any more. Equal:
+    /// none is.
+    rate_openings: AtomicU64,
+    rate_settled: AtomicU64,
     capacity_freed: Notify,
     membership: watch::Sender<usize>,
 }
@@ -99,6 +53,8 @@ impl Router {
             version: AtomicU64::new(0),
             fleet: ArcSwap::default(),
             sessions: Mutex::new(Sessions::new(settings.session_ttl, settings.max_sessions)),
+            rate_openings: AtomicU64::new(0),
+            rate_settled: AtomicU64::new(0),
             capacity_freed: Notify::new(),
             membership: watch::Sender::new(0),
             settings,
@@ -146,43 +102,20 @@ impl Router {
         self.with_registry(|registry, effects| registry.expire(now, effects));
         self.sessions.lock().expire(now);
         let mut reopened = false;
+        let mut open_by_rate = false;
+        let openings = self.rate_openings.load(Ordering::SeqCst);
         for worker in self.fleet().workers.values() {
-            let transition = worker.breaker.as_ref().and_then(|breaker| breaker.tick(now));
+            let Some(breaker) = &worker.breaker else { break };
+            let transition = breaker.tick(now);
+            open_by_rate |= breaker.opened_by_rate();
             reopened |= transition.is_some();
             self.tell_breaker(worker, transition);
         }
+        if !open_by_rate {
+            self.rate_settled.store(openings, Ordering::SeqCst);
+        }
         if reopened {
             self.capacity_freed.notify_waiters();
-        }
-    }
-
-    /// Chooses a worker and takes a place on it.
-    ///
-    /// # Errors
-    /// The [`Refusal`] says why nobody was chosen, in this order: nobody online, nobody serves the model, everybody was
-    /// tried (only with a non-empty `exclude`, and then before the others), every breaker refuses, everybody is full.
-    pub fn select(self: &Arc<Self>, query: &Query<'_>, now: Instant) -> Result<Lease, Refusal> {
-        if let Some(id) = query.worker_id {
-            return self.select_named(id, query.model_id, now);
-        }
-        let session = query.session_id.filter(|_| self.settings.session_affinity);
-        let bound = session.and_then(|session| self.sessions.lock().find(session, now));
-        loop {
-            let fleet = self.fleet();
-            let model = fleet.model(query.model_id);
-            let chosen = model.and_then(|model| Some((model, self.choose(model, query, session, bound.as_ref(), now)?)));
-            let Some((model, (place, choice))) = chosen else {
-                if self.is_current(&fleet) {
-                    return Err(self.refusal(model, query.exclude, now));
-                }
-                continue;
-            };
-            if let Some(mut lease) = self.claim(&model.workers[place], choice, now) {
-                if let Some(session) = session {
-                    self.settle_session(session, bound, query.exclude, &mut lease, &fleet, now);
-                }
-                return Ok(lease);
-            }
         }
     }
 
@@ -266,6 +199,15 @@ impl Router {
         &self.settings
     }
 
+    /// Whether a breaker may be open by its failure rate.
+    pub(super) fn may_panic(&self) -> bool {
+        self.rate_openings.load(Ordering::SeqCst) != self.rate_settled.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn sessions(&self) -> &Mutex<Sessions> {
+        &self.sessions
+    }
+
     pub(super) fn dice(&self) -> &Dice {
         &self.dice
     }
@@ -273,6 +215,9 @@ impl Router {
     /// Tells the observer of a transition. Never called under a lock.
     pub(super) fn tell_breaker(&self, worker: &Worker, transition: Option<Transition>) {
         if let Some(Transition { from, to, reason }) = transition {
+            if reason == BreakerReason::FailureRate {
+                self.rate_openings.fetch_add(1, Ordering::SeqCst);
+            }
             (self.observer)(RouterEvent::BreakerChanged { worker_id: worker.id.clone(), from, to, reason });
             if to == CircuitState::Closed {
                 self.capacity_freed.notify_waiters();
@@ -292,7 +237,7 @@ impl Router {
         self.tell_session(&from.worker, to);
     }
 
-    fn tell_session(&self, from: &WorkerId, to: &Worker) {
+    pub(super) fn tell_session(&self, from: &WorkerId, to: &Worker) {
         if *from != to.id {
             (self.observer)(RouterEvent::SessionMoved { worker_id: to.id.clone(), previous: from.clone() });
         }
@@ -322,7 +267,7 @@ impl Router {
     }
 
     /// The picture of the fleet, made anew when membership has changed since the last one.
-    fn fleet(&self) -> Guard<Arc<Fleet>> {
+    pub(super) fn fleet(&self) -> Guard<Arc<Fleet>> {
         let fleet = self.fleet.load();
         if self.is_current(&fleet) {
             return fleet;
@@ -335,129 +280,8 @@ impl Router {
         self.fleet.load()
     }
 
-    fn is_current(&self, fleet: &Fleet) -> bool {
+    pub(super) fn is_current(&self, fleet: &Fleet) -> bool {
         fleet.version == self.version.load(Ordering::Acquire)
-    }
-
-    /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy.
-    fn choose(
-        &self,
-        model: &Model,
-        query: &Query<'_>,
-        session: Option<&str>,
-        bound: Option<&Binding>,
-        now: Instant,
-    ) -> Option<(usize, Choice)> {
-        [Standing::Online, Standing::Degraded].into_iter().find_map(|tier| {
-            let Query { model_id, exclude, .. } = *query;
-            let candidates = Candidates { model, model_id, exclude, tier, settings: &self.settings, now };
-            let Some(session) = session else {
-                return Some((strategy::pick(self.settings.strategy, &candidates, &self.dice)?, Choice::Strategy));
-            };
-            let own = bound.and_then(|bound| {
-                let place = model.find(&bound.worker)?;
-                (model.workers[place].serial == bound.serial && candidates.admits(place)).then_some(place)
-            });
-            if let Some(place) = own {
-                return Some((place, Choice::Affinity));
-            }
-            let session = rendezvous::fnv(session);
-            let scored = candidates.iter_from(0).map(|(place, worker)| (rendezvous::score(session, worker.seat), place));
-            let (_, place) = scored.reduce(|best, next| if next.0 > best.0 { next } else { best })?;
-            Some((place, Choice::Rendezvous))
-        })
-    }
-
-    /// Takes a place and a permit; `None` when the worker cannot give them any more.
-    fn claim(self: &Arc<Self>, worker: &Arc<Worker>, choice: Choice, now: Instant) -> Option<Lease> {
-        if !worker.load.try_enter(now) {
-            return None;
-        }
-        // From here on the lease gives the place back, whatever happens.
-        let gone = worker.presence();
-        let mut lease = Lease::new(self.clone(), worker.clone(), gone.clone().unwrap_or_default(), choice, now);
-        gone?;
-        if let (Some(breaker), Some(settings)) = (&worker.breaker, &self.settings.breaker) {
-            let (permit, transition) = breaker.acquire(settings, now)?;
-            lease.hold(permit);
-            self.tell_breaker(worker, transition);
-        }
-        Some(lease)
-    }
-
-    /// Binds the session, or leaves it where it is: a worker that was only skipped keeps it, one that failed loses it with
-    /// the first success elsewhere, one that is gone loses it now.
-    fn settle_session(
-        &self,
-        session: &str,
-        bound: Option<Binding>,
-        exclude: &[WorkerId],
-        lease: &mut Lease,
-        fleet: &Fleet,
-        now: Instant,
-    ) {
-        let taken = lease.worker().binding();
-        match bound {
-            Some(bound) if bound == taken => {}
-            Some(bound) if exclude.contains(&bound.worker) => lease.moves_with_success(session, bound),
-            Some(bound) if fleet.workers.get(&bound.worker).is_some_and(|worker| worker.keeps(&bound)) => {}
-            bound => {
-                self.sessions.lock().bind(session, taken, now);
-                if let Some(bound) = bound {
-                    self.tell_session(&bound.worker, lease.worker());
-                }
-            }
-        }
-    }
-
-    fn select_named(self: &Arc<Self>, id: &str, model_id: &str, now: Instant) -> Result<Lease, Refusal> {
-        let fleet = self.fleet();
-        let Some(worker) = fleet.workers.get(id).filter(|worker| worker.standing().is_online()) else {
-            return Err(Refusal::WorkerOffline);
-        };
-        if !worker.live().models.iter().any(|model| **model == *model_id) {
-            return Err(Refusal::ModelNotFound);
-        }
-        if let Some(lease) = self.claim(worker, Choice::Named, now) {
-            return Ok(lease);
-        }
-        match (&worker.breaker, &self.settings.breaker) {
-            _ if !worker.standing().is_online() => Err(Refusal::WorkerOffline),
-            (Some(breaker), Some(settings)) if !breaker.admits(settings, now) => {
-                Err(Refusal::CircuitOpen { retry_after: breaker.retry_after(now).unwrap_or(settings.open_for) })
-            }
-            _ => Err(Refusal::Full),
-        }
-    }
-
-    fn refusal(&self, model: Option<&Model>, exclude: &[WorkerId], now: Instant) -> Refusal {
-        let (mut total, mut healthy, mut untried) = (0, 0, 0);
-        let mut soonest = None;
-        let serving = model.map_or(&[][..], |model| &model.workers);
-        for worker in serving.iter().filter(|worker| worker.standing().is_online()) {
-            total += 1;
-            match (&worker.breaker, &self.settings.breaker) {
-                (Some(breaker), Some(settings)) if !breaker.admits(settings, now) => {
-                    let wait = breaker.retry_after(now).unwrap_or(settings.open_for);
-                    soonest = Some(soonest.map_or(wait, |soonest: Duration| soonest.min(wait)));
-                }
-                _ => {
-                    healthy += 1;
-                    untried += usize::from(!exclude.contains(&worker.id));
-                }
-            }
-        }
-        if untried > 0 {
-            Refusal::Full
-        } else if !exclude.is_empty() {
-            Refusal::AllTried { total, healthy, excluded: exclude.len() }
-        } else if let Some(retry_after) = soonest {
-            Refusal::NoHealthyWorkers { retry_after }
-        } else if self.online() == 0 {
-            Refusal::NoWorkers
-        } else {
-            Refusal::ModelNotFound
-        }
     }
 }
 

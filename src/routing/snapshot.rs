@@ -60,7 +60,7 @@ impl WorkerSnapshot {
             incarnation: worker.incarnation.to_string(),
             carrier: worker.carrier,
             status: match worker.standing() {
-                Standing::Online | Standing::Unheard => WorkerStatus::Online,
+                Standing::Online | Standing::Held | Standing::Unheard => WorkerStatus::Online,
                 Standing::Degraded => WorkerStatus::Degraded,
                 Standing::Draining => WorkerStatus::Draining,
                 Standing::Offline => WorkerStatus::Offline,

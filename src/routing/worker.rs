@@ -25,14 +25,16 @@ pub enum Carrier {
     Local,
 }
 
-/// What may be asked of a worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What may be asked of a worker: of those before it in this list, more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 #[repr(u8)]
 pub(super) enum Standing {
     /// Anything.
     Online,
     /// What no online worker has room for.
     Degraded,
+    /// What nobody else has room for: it comes and goes.
+    Held,
     /// Nothing until it has been heard from: our own connection was down.
     Unheard,
     /// Nothing new.
@@ -80,6 +82,8 @@ pub(super) struct Live {
     /// From here on silence is counted; later than `last_seen` after our own connection was down.
     pub(super) silent_since: Instant,
     pub(super) unheard: bool,
+    /// Until when it is held back.
+    pub(super) held: Option<Instant>,
     pub(super) drained: Option<Instant>,
     pub(super) deregistered: Option<Instant>,
     pub(super) offline: Option<Instant>,
@@ -113,6 +117,7 @@ impl Worker {
             last_seen: now,
             silent_since: now,
             unheard: false,
+            held: None,
             drained: None,
             deregistered: None,
             offline: None,
@@ -141,8 +146,9 @@ impl Worker {
         match self.standing.load(Ordering::Acquire) {
             0 => Standing::Online,
             1 => Standing::Degraded,
-            2 => Standing::Unheard,
-            3 => Standing::Draining,
+            2 => Standing::Held,
+            3 => Standing::Unheard,
+            4 => Standing::Draining,
             _ => Standing::Offline,
         }
     }
@@ -163,6 +169,14 @@ impl Worker {
         self.features.store(feature_bits(&live.features), Ordering::Relaxed);
         self.standing.store(live.standing() as u8, Ordering::Release);
         result
+    }
+
+    /// Whether its breaker would let a request through.
+    pub(super) fn admits(&self, settings: &RouterSettings, panic: bool, now: Instant) -> bool {
+        match (&self.breaker, &settings.breaker) {
+            (Some(breaker), Some(settings)) => breaker.admits(settings, panic, now),
+            _ => true,
+        }
     }
 
     /// The token of this presence, if the worker may be given a request now.
@@ -193,6 +207,8 @@ impl Live {
             Standing::Draining
         } else if self.unheard {
             Standing::Unheard
+        } else if self.held.is_some() {
+            Standing::Held
         } else if self.status == WorkerStatus::Degraded {
             Standing::Degraded
         } else {
@@ -226,16 +242,15 @@ impl Live {
         self.tokens_generated = heartbeat.tokens_generated;
     }
 
-    /// It gave a sign of life. Whether it had been offline.
-    pub(super) fn heard(&mut self, now: Instant) -> bool {
+    /// It gave a sign of life. After it had been offline, this is a new presence.
+    pub(super) fn heard(&mut self, now: Instant) {
         self.last_seen = now;
         self.silent_since = now;
         self.unheard = false;
-        let back = self.offline.take().is_some();
-        if back {
+        self.held = self.held.filter(|until| now < *until);
+        if self.offline.take().is_some() {
             self.gone = CancellationToken::new();
         }
-        back
     }
 
     pub(super) fn model_names(&self) -> Vec<String> {
@@ -253,12 +268,12 @@ impl Live {
 impl Standing {
     /// Whether requests may go there.
     pub(super) fn is_candidate(self) -> bool {
-        matches!(self, Self::Online | Self::Degraded)
+        matches!(self, Self::Online | Self::Degraded | Self::Held)
     }
 
     /// Whether it is one of the online workers.
     pub(super) fn is_online(self) -> bool {
-        matches!(self, Self::Online | Self::Degraded | Self::Unheard)
+        matches!(self, Self::Online | Self::Degraded | Self::Held | Self::Unheard)
     }
 }
 

@@ -302,3 +302,42 @@ fn settings_that_cannot_be_followed_are_refused_by_name() {
     let weights = |config: &mut ClusterConfig| config.load_balancing.weights = [("w0".into(), -1.0)].into();
     assert_eq!(field(weights), "loadBalancing.weights.w0");
 }
+
+#[test]
+fn case_22_panic_mode_ignores_the_rate_but_not_a_run_of_failures() {
+    let mut world = World::with(|settings| settings.worker_offline_timeout = Duration::from_secs(3_600));
+    (0..4).for_each(|number| world.join(number, 0));
+    let by_rate = |world: &World, worker: &str| {
+        for _ in 0..5 {
+            world.finish(worker, Outcome::Success, 1);
+            world.finish(worker, FAILURE, 1);
+        }
+        assert_eq!(world.state(worker), CircuitState::Open);
+    };
+    let taken = |world: &World| {
+        let leases: Vec<_> = (0..4).map(|_| world.select().unwrap()).collect();
+        let mut workers: Vec<_> = leases.iter().map(|lease| lease.worker_id().to_string()).collect();
+        workers.sort_unstable();
+        workers.dedup();
+        workers
+    };
+    by_rate(&world, "w0");
+    by_rate(&world, "w1");
+    assert_eq!(taken(&world), ["w2", "w3"], "half of them are admitted");
+    world.finish("w2", FAILURE, 5);
+    assert_eq!(taken(&world), ["w0", "w1", "w3"], "too few are, and the rate counts no more");
+    let opened = world.stats("w0");
+    for _ in 0..20 {
+        world.select().unwrap().end(FAILURE, world.now);
+    }
+    assert_eq!(world.stats("w0"), opened, "what panic mode let through says nothing");
+    world.now += ["w0", "w1"].map(|worker| world.stats(worker).retry_after.unwrap()).into_iter().max().unwrap();
+    world.router.expire(world.now);
+    for worker in ["w0", "w1"] {
+        world.finish(worker, Outcome::Success, 2);
+    }
+    world.router.reset_breaker("w3", world.now);
+    world.router.force_open_breaker("w2", world.now);
+    world.router.expire(world.now);
+    assert_eq!(taken(&world), ["w0", "w1", "w3"]);
+}

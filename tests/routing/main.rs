@@ -15,8 +15,8 @@ use std::time::Duration;
 use mlx_serving_router::config::ClusterConfig;
 use mlx_serving_router::error::ControllerErrorCode;
 use mlx_serving_router::routing::{
-    BreakerStats, Carrier, CircuitState, HeartbeatVerdict, Lease, Outcome, Query, Refusal, Registered, Router, RouterEvent,
-    RouterSettings, WorkerSnapshot,
+    BreakerStats, Carrier, CircuitState, HeartbeatVerdict, Lease, LeftOut, Outcome, Query, Refusal, Registered, Router,
+    RouterEvent, RouterSettings, WorkerSnapshot,
 };
 use mlx_serving_router::wire::{
     Capacity, Feature, Heartbeat, HeartbeatMetrics, Phase, Registration, Skills, WorkerId, WorkerStatus,

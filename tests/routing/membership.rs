@@ -266,3 +266,36 @@ fn the_observer_may_use_the_router() {
     router.deregister(&id("w0"), now);
     router.remove(&id("w0"));
 }
+
+#[test]
+fn case_34_the_share_of_a_worker_that_comes_and_goes_falls() {
+    let mut world = World::of(2, 1);
+    let mut shares = Vec::new();
+    for incarnation in 2..20 {
+        world.register(&registration("w0", &incarnation.to_string(), &["m"], 1));
+        let mut share = 0;
+        for _ in 0..20 {
+            world.pass(100);
+            world.router.expire(world.now);
+            world.beat(&heartbeat("w1", "1", 1));
+            share += u32::from(world.select().unwrap().worker_id().as_str() == "w0");
+        }
+        shares.push(share);
+    }
+    assert_eq!(shares[..5], [10, 10, 6, 1, 0], "two returns are free, then it is held for 1 s, 2 s, 4 s");
+    assert!(shares[5..].iter().all(|share| *share == 0), "{shares:?}");
+    let busy = world.named("w1").unwrap();
+    assert_eq!(world.select().unwrap().worker_id().as_str(), "w0", "better than nobody");
+    world.beat(&heartbeat("w0", "19", 1));
+    assert_eq!((world.router.online(), world.worker("w0").status), (2, WorkerStatus::Online));
+    for sequence in 2..100 {
+        world.pass(5_000);
+        world.beat(&heartbeat("w0", "19", sequence));
+        world.beat(&heartbeat("w1", "1", sequence));
+        world.router.expire(world.now);
+    }
+    world.register(&registration("w0", "20", &["m"], 1));
+    drop(busy);
+    let both: Vec<_> = (0..2).map(|_| world.select().unwrap().worker_id().to_string()).collect();
+    assert_ne!(both[0], both[1], "calm is forgiven");
+}

@@ -8,7 +8,7 @@ use mlx_serving_router::config::Strategy;
 use mlx_serving_router::routing::{Outcome, Refusal};
 use mlx_serving_router::wire::WorkerStatus;
 
-use super::{FAILURE, World, heartbeat, registration};
+use super::{ANY, FAILURE, LeftOut, Query, World, heartbeat, id, registration};
 
 fn counts(names: impl IntoIterator<Item = String>) -> BTreeMap<String, u32> {
     let mut counts = BTreeMap::new();
@@ -206,4 +206,52 @@ async fn whoever_waits_for_room_hears_of_it() {
     freed.as_mut().enable();
     world.register(&registration("w1", "1", &["m"], 1));
     freed.await;
+}
+
+#[test]
+fn a_new_worker_warms_up() {
+    for strategy in [Strategy::LeastRequests, Strategy::RoundRobin, Strategy::WeightedRandom, Strategy::PeakEwma] {
+        let mut world = World::with(|settings| {
+            settings.strategy = strategy;
+            settings.slow_start = Some(Duration::from_secs(100));
+        });
+        (0..4).for_each(|number| world.join(number, 0));
+        world.pass(100_000);
+        world.join(4, 0);
+        let share = |world: &mut World, seconds: u64| {
+            world.pass(seconds * 1_000);
+            counts(sequence(world, 2_000)).get("w4").copied().unwrap_or(0)
+        };
+        let (cold, half, warm) = (share(&mut world, 0), share(&mut world, 50), share(&mut world, 50));
+        assert!((10..80).contains(&cold), "{strategy:?}: {cold}");
+        assert!((140..320).contains(&half), "{strategy:?}: {half}");
+        assert!((340..460).contains(&warm), "{strategy:?}: {warm}");
+    }
+}
+
+#[test]
+fn in_a_small_or_wholly_new_fleet_nobody_waits_for_warmth() {
+    let world = World::with(|settings| settings.slow_start = Some(Duration::from_secs(100)));
+    (0..3).for_each(|number| world.join(number, 0));
+    assert_eq!(sequence(&world, 4), ["w0", "w1", "w2", "w0"]);
+    (3..10).for_each(|number| world.join(number, 1));
+    assert!((0..100).all(|_| world.select().is_ok()));
+}
+
+#[test]
+fn a_lease_tells_who_was_left_out_and_why() {
+    let world = World::of(6, 1);
+    world.finish("w1", FAILURE, 5);
+    let _busy = world.named("w2").unwrap();
+    let mut degraded = heartbeat("w3", "1", 1);
+    degraded.status = WorkerStatus::Degraded;
+    world.beat(&degraded);
+    world.router.drain("w5", world.now);
+    let query = Query { exclude: &[id("w0")], ..ANY };
+    let lease = world.query(&query).unwrap();
+    assert_eq!(lease.worker_id().as_str(), "w4");
+    let expected =
+        [(id("w0"), LeftOut::Tried), (id("w1"), LeftOut::CircuitOpen), (id("w2"), LeftOut::Full), (id("w3"), LeftOut::Degraded)];
+    assert_eq!(lease.left_out(&query, world.now), expected);
+    assert_eq!(expected.map(|(_, why)| why.as_str()), ["tried", "circuit_open", "full", "degraded"]);
 }

@@ -3,6 +3,5 @@
 use crate::routing::fleet::Candidates;
 
 pub(super) fn pick(candidates: &Candidates<'_>) -> Option<usize> {
-    let now = candidates.now;
-    candidates.in_turn().min_by_key(|(_, worker)| worker.load.total(now)).map(|(place, _)| place)
+    candidates.in_turn().min_by_key(|(_, worker)| candidates.load(worker)).map(|(place, _)| place)
 }

@@ -1,10 +1,10 @@
 //! `peak_ewma`: the better of two random picks by (requests in flight + 1) × moving average of the time to first token.
 //!
-//! Two picks need no look at the others, whatever the size of the fleet (Mitzenmacher, 2001).
+//! Two picks need no look at the others, whatever the size of the fleet (Mitzenmacher, 2001). While one of the two has
+//! never answered, requests in flight alone decide: a new worker neither draws everything nor starves.
 
 use crate::routing::dice::Dice;
 use crate::routing::fleet::Candidates;
-use crate::routing::worker::Worker;
 
 /// Random places that are tried for each pick before the candidates are walked through.
 const DRAWS: usize = 4;
@@ -13,12 +13,15 @@ pub(super) fn pick(candidates: &Candidates<'_>, dice: &Dice) -> Option<usize> {
     let mut random = dice.roll();
     let first = draw(candidates, &mut random, None)?;
     let Some(second) = draw(candidates, &mut random, Some(first)) else { return Some(first) };
-    let cost = |place: usize| cost(&candidates.model.workers[place], candidates);
-    Some(if cost(second) < cost(first) { second } else { first })
-}
-
-fn cost(worker: &Worker, candidates: &Candidates<'_>) -> f64 {
-    (f64::from(worker.load.total(candidates.now)) + 1.0) * worker.load.latency(candidates.now)
+    let [one, other] = [first, second].map(|place| {
+        let load = &candidates.model.workers[place].load;
+        (f64::from(load.total(candidates.now)) + 1.0, load.latency(candidates.now))
+    });
+    let second_is_better = match (one, other) {
+        ((load, Some(latency)), (other_load, Some(other_latency))) => other_load * other_latency < load * latency,
+        ((load, _), (other_load, _)) => other_load < load,
+    };
+    Some(if second_is_better { second } else { first })
 }
 
 /// The place of a random candidate other than `taken`.

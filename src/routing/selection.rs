@@ -1,0 +1,297 @@
+//! Who gets a request, or why nobody does.
+//!
+//! A selection reads the picture of the fleet without a lock, chooses, and then takes the place and the permit in one step
+//! each; where a racing selection was quicker it chooses again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::fleet::{Candidates, Fleet, Model, WarmUp};
+use super::lease::{Choice, Lease};
+use super::router::Router;
+use super::sessions::Binding;
+use super::worker::{Standing, Worker};
+use super::{rendezvous, strategy};
+use crate::wire::WorkerId;
+
+/// What a worker is wanted for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Query<'a> {
+    /// The model.
+    pub model_id: &'a str,
+    /// The conversation that the request belongs to.
+    pub session_id: Option<&'a str>,
+    /// Workers that failed this request.
+    pub exclude: &'a [WorkerId],
+    /// The worker that the caller wants, and no other; the rest is then only checked.
+    pub worker_id: Option<&'a str>,
+}
+
+/// Why nobody was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Nobody is online.
+    NoWorkers,
+    /// Nobody who is online, or not the worker that was named, serves the model.
+    ModelNotFound,
+    /// Workers serve the model, and every breaker refuses.
+    NoHealthyWorkers {
+        /// The soonest that one of them may admit a request.
+        retry_after: Duration,
+    },
+    /// Of those who were not tried yet, nobody is admitted.
+    AllTried {
+        /// Online workers that serve the model.
+        total: usize,
+        /// Those of them that their breakers admit.
+        healthy: usize,
+        /// Workers that were tried.
+        excluded: usize,
+    },
+    /// Somebody could serve the request once there is room; see [`Router::capacity_freed`].
+    Full,
+    /// The worker that was named is unknown, offline or draining.
+    WorkerOffline,
+    /// The breaker of the worker that was named is open.
+    CircuitOpen {
+        /// The soonest that it may admit a request.
+        retry_after: Duration,
+    },
+}
+
+/// Why a worker that is online and serves the model was no candidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LeftOut {
+    /// It failed this request.
+    Tried,
+    /// Its breaker refuses.
+    CircuitOpen,
+    /// It has no room.
+    Full,
+    /// It calls itself degraded, or comes and goes, and somebody better was free.
+    Degraded,
+    /// It has not been heard from since our own connection was down.
+    Unheard,
+}
+
+/// Slow start is for models with at least so many online workers.
+const WARM_UP_FROM: usize = 4;
+
+// === impl Router ===
+
+impl Router {
+    /// Chooses a worker and takes a place on it.
+    ///
+    /// # Errors
+    /// The [`Refusal`] says why nobody was chosen, in this order: nobody online, nobody serves the model, everybody was
+    /// tried (only with a non-empty `exclude`, and then before the others), every breaker refuses, everybody is full.
+    pub fn select(self: &Arc<Self>, query: &Query<'_>, now: Instant) -> Result<Lease, Refusal> {
+        if let Some(id) = query.worker_id {
+            return self.select_named(id, query.model_id, now);
+        }
+        let session = query.session_id.filter(|_| self.settings().session_affinity);
+        let bound = session.and_then(|session| self.sessions().lock().find(session, now));
+        loop {
+            let fleet = self.fleet();
+            let model = fleet.model(query.model_id);
+            let panic = model.is_some_and(|model| self.panics(model, now));
+            let chosen = model.and_then(|model| {
+                let candidates = Candidates {
+                    model,
+                    model_id: query.model_id,
+                    exclude: query.exclude,
+                    tier: Standing::Online,
+                    panic,
+                    warm_up: None,
+                    settings: self.settings(),
+                    now,
+                };
+                Some((model, self.choose(candidates, session, bound.as_ref())?))
+            });
+            let Some((model, (place, choice))) = chosen else {
+                if self.is_current(&fleet) {
+                    return Err(self.refusal(model, query.exclude, panic, now));
+                }
+                continue;
+            };
+            if let Some(mut lease) = self.claim(&model.workers[place], choice, panic, now) {
+                if let Some(session) = session {
+                    self.settle_session(session, bound, query.exclude, &mut lease, &fleet, now);
+                }
+                return Ok(lease);
+            }
+        }
+    }
+
+    /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy. Those of a tier come
+    /// into question when nobody of the tiers before has room.
+    fn choose(&self, candidates: Candidates<'_>, session: Option<&str>, bound: Option<&Binding>) -> Option<(usize, Choice)> {
+        [Standing::Online, Standing::Degraded, Standing::Held].into_iter().find_map(|tier| {
+            let candidates = Candidates { tier, ..candidates };
+            let Some(session) = session else {
+                return Some((self.choose_by_strategy(candidates)?, Choice::Strategy));
+            };
+            let own = bound.and_then(|bound| {
+                let place = candidates.model.find(&bound.worker)?;
+                (candidates.model.workers[place].serial == bound.serial && candidates.admits(place)).then_some(place)
+            });
+            if let Some(place) = own {
+                return Some((place, Choice::Affinity));
+            }
+            let session = rendezvous::fnv(session);
+            let scored = candidates.iter_from(0).map(|(place, worker)| (rendezvous::score(session, worker.seat), place));
+            let (_, place) = scored.reduce(|best, next| if next.0 > best.0 { next } else { best })?;
+            Some((place, Choice::Rendezvous))
+        })
+    }
+
+    fn choose_by_strategy(&self, candidates: Candidates<'_>) -> Option<usize> {
+        let pick = |candidates| strategy::pick(self.settings().strategy, &candidates, self.dice());
+        let length = self.settings().slow_start.filter(|_| candidates.model.workers.len() >= WARM_UP_FROM);
+        let warm_up = length.map(|length| WarmUp { length, draw: self.dice().roll().u64(..) });
+        // Where nobody is warm enough, all are candidates.
+        warm_up.and_then(|warm_up| pick(Candidates { warm_up: Some(warm_up), ..candidates })).or_else(|| pick(candidates))
+    }
+
+    /// Whether so few of a model's workers are admitted that the failure rate keeps nobody out any more.
+    fn panics(&self, model: &Model, now: Instant) -> bool {
+        let Some(breakers) = self.settings().breaker.as_ref().filter(|_| self.may_panic()) else {
+            return false;
+        };
+        let online = || model.workers.iter().filter(|worker| worker.standing().is_online());
+        let admitted = online().filter(|worker| worker.admits(self.settings(), false, now)).count();
+        (admitted as f64) < (1.0 - breakers.max_open) * online().count() as f64
+    }
+
+    /// Takes a place and a permit; `None` when the worker cannot give them any more.
+    fn claim(self: &Arc<Self>, worker: &Arc<Worker>, choice: Choice, panic: bool, now: Instant) -> Option<Lease> {
+        if !worker.load.try_enter(now) {
+            return None;
+        }
+        // From here on the lease gives the place back, whatever happens.
+        let gone = worker.presence();
+        let mut lease = Lease::new(self.clone(), worker.clone(), gone.clone().unwrap_or_default(), choice, now);
+        gone?;
+        if let (Some(breaker), Some(settings)) = (&worker.breaker, &self.settings().breaker) {
+            let (permit, transition) = breaker.acquire(settings, panic, now)?;
+            lease.hold(permit);
+            self.tell_breaker(worker, transition);
+        }
+        Some(lease)
+    }
+
+    /// Binds the session, or leaves it where it is: a worker that was only skipped keeps it, one that failed loses it with
+    /// the first success elsewhere, one that is gone loses it now.
+    fn settle_session(
+        &self,
+        session: &str,
+        bound: Option<Binding>,
+        exclude: &[WorkerId],
+        lease: &mut Lease,
+        fleet: &Fleet,
+        now: Instant,
+    ) {
+        let taken = lease.worker().binding();
+        match bound {
+            Some(bound) if bound == taken => {}
+            Some(bound) if exclude.contains(&bound.worker) => lease.moves_with_success(session, bound),
+            Some(bound) if fleet.workers.get(&bound.worker).is_some_and(|worker| worker.keeps(&bound)) => {}
+            bound => {
+                self.sessions().lock().bind(session, taken, now);
+                if let Some(bound) = bound {
+                    self.tell_session(&bound.worker, lease.worker());
+                }
+            }
+        }
+    }
+
+    /// Who was no candidate beside the chosen worker, and why, as it looks now.
+    pub(super) fn left_out(&self, query: &Query<'_>, chosen: &Worker, now: Instant) -> Vec<(WorkerId, LeftOut)> {
+        let fleet = self.fleet();
+        let model = fleet.model(query.model_id);
+        let panic = model.is_some_and(|model| self.panics(model, now));
+        let others = model.map_or(&[][..], |model| &model.workers).iter().filter(|worker| worker.serial != chosen.serial);
+        others
+            .filter_map(|worker| {
+                let why = match worker.standing() {
+                    Standing::Offline | Standing::Draining => return None,
+                    Standing::Unheard => LeftOut::Unheard,
+                    _ if query.exclude.contains(&worker.id) => LeftOut::Tried,
+                    _ if !worker.admits(self.settings(), panic, now) => LeftOut::CircuitOpen,
+                    _ if !worker.load.has_room(now) => LeftOut::Full,
+                    standing if standing > chosen.standing() => LeftOut::Degraded,
+                    _ => return None,
+                };
+                Some((worker.id.clone(), why))
+            })
+            .collect()
+    }
+
+    fn select_named(self: &Arc<Self>, id: &str, model_id: &str, now: Instant) -> Result<Lease, Refusal> {
+        let fleet = self.fleet();
+        let Some(worker) = fleet.workers.get(id).filter(|worker| worker.standing().is_online()) else {
+            return Err(Refusal::WorkerOffline);
+        };
+        if !worker.live().models.iter().any(|model| **model == *model_id) {
+            return Err(Refusal::ModelNotFound);
+        }
+        if let Some(lease) = self.claim(worker, Choice::Named, false, now) {
+            return Ok(lease);
+        }
+        match (&worker.breaker, &self.settings().breaker) {
+            _ if !worker.standing().is_online() => Err(Refusal::WorkerOffline),
+            (Some(breaker), Some(settings)) if !breaker.admits(settings, false, now) => {
+                Err(Refusal::CircuitOpen { retry_after: breaker.retry_after(now).unwrap_or(settings.open_for) })
+            }
+            _ => Err(Refusal::Full),
+        }
+    }
+
+    fn refusal(&self, model: Option<&Model>, exclude: &[WorkerId], panic: bool, now: Instant) -> Refusal {
+        let (mut total, mut healthy, mut untried) = (0, 0, 0);
+        let mut soonest = None;
+        let serving = model.map_or(&[][..], |model| &model.workers);
+        for worker in serving.iter().filter(|worker| worker.standing().is_online()) {
+            total += 1;
+            match (&worker.breaker, &self.settings().breaker) {
+                (Some(breaker), Some(settings)) if !breaker.admits(settings, panic, now) => {
+                    let wait = breaker.retry_after(now).unwrap_or(settings.open_for);
+                    soonest = Some(soonest.map_or(wait, |soonest: Duration| soonest.min(wait)));
+                }
+                _ => {
+                    healthy += 1;
+                    untried += usize::from(!exclude.contains(&worker.id));
+                }
+            }
+        }
+        if untried > 0 {
+            Refusal::Full
+        } else if !exclude.is_empty() {
+            Refusal::AllTried { total, healthy, excluded: exclude.len() }
+        } else if let Some(retry_after) = soonest {
+            Refusal::NoHealthyWorkers { retry_after }
+        } else if self.online() == 0 {
+            Refusal::NoWorkers
+        } else {
+            Refusal::ModelNotFound
+        }
+    }
+}
+
+// === impl LeftOut ===
+
+impl LeftOut {
+    /// The reason as it is written in metadata and logs: `circuit_open`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tried => "tried",
+            Self::CircuitOpen => "circuit_open",
+            Self::Full => "full",
+            Self::Degraded => "degraded",
+            Self::Unheard => "unheard",
+        }
+    }
+}
