@@ -38,7 +38,7 @@ Message = dict[str, str]
 
 VOCABULARY = 850
 # (rows, tokens in a row) of a step. To repeat a name is learned suddenly or not at all, and soonest where
-# little else is in the way: the first steps take rows of a turn or two. Some of the others hold a whole story.
+# little else is in the way: the first steps take rows of a turn or two. Some of the others hold the story.
 FIRST_SHAPE, FIRST_STEPS = (24, 48), 150
 SHAPES = [(2, 512), (8, 144), (4, 256), (8, 144)]
 PEAK_RATE = 1e-2
@@ -174,9 +174,7 @@ class Teacher:
         draw = self._random
         if draw.random() < 0.5:
             return draw.choice(self._corpus["names"])
-        syllables = "".join(
-            draw.choice("bcdfghjklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))
-        )
+        syllables = "".join(draw.choice("bcdfghjklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3)))
         return (syllables + draw.choice(["", "n", "r", "s", "l"])).capitalize()
 
     def _misspelled(self, question: str, *, keep_case: bool) -> str:

@@ -47,8 +47,11 @@ class Engine(Protocol):
     def run(self, jobs: JobQueue) -> None:
         """Load, serve until the queue is closed, free everything, return.
 
-        Called once, on a thread of its own that does nothing else and is joined before the interpreter exits,
-        so state that belongs to a thread (as mlx's streams do) may be made here and nowhere else.
+        Called once, on a thread of its own that does nothing else, so state that belongs to a thread (as mlx's
+        streams do) may be made here and nowhere else. The runtime joins that thread before the interpreter exits, as
+        the operating system understands it and with the interpreter released: mlx takes the interpreter once more
+        while the thread's storage is destroyed. `threading.Thread.join` of Python 3.11 and 3.12 returns before that,
+        and an interpreter that exits in between aborts.
 
         The engine calls `jobs.report("ready", ...)` when it can take work. An exception before that makes
         `WorkerNode.start()` raise it. An exception after it ends the worker: what concerns a single request

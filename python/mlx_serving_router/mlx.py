@@ -243,9 +243,7 @@ def _generate(
     text = matcher.finish(decoder.finish())
     if text or undelivered:
         job.token(text, undelivered)
-    job.done(
-        "stop" if matcher.stopped else finish_reason, prompt_tokens=len(prompt), completion_tokens=generated
-    )
+    job.done("stop" if matcher.stopped else finish_reason, prompt_tokens=len(prompt), completion_tokens=generated)
 
 
 def _fail(job: Job, error: Exception, description: str) -> None:
@@ -280,9 +278,7 @@ class _LoadedModel:
             if _is_hub_id(location):
                 reason = f"no such folder, and the Hugging Face Hub did not give it ({_describe(error)})"
             else:
-                reason = (
-                    f"its files are damaged or of a kind that this mlx-lm does not know ({_describe(error)})"
-                )
+                reason = f"mlx-lm cannot read it; its files may be damaged or too new ({_describe(error)})"
             raise ModelLoadError(name, os.fspath(location), reason) from error
         logger.info("loaded model %s from %s in %.1f s", name, place, time.monotonic() - started)
         text = {**config, **config.get("text_config", {})}
@@ -322,14 +318,10 @@ class _LoadedModel:
             raise InvalidRequestError("this model has no chat template: send prompt instead of messages")
         tools = request.tools if request.tool_choice != "none" else None
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools or None, add_generation_prompt=True
-            )
+            return self.tokenizer.apply_chat_template(messages, tools=tools or None, add_generation_prompt=True)
         except TemplateError as error:
             # Templates raise for what they do not support; their words are the template's author's.
-            raise InvalidRequestError(
-                "the model's chat template does not accept these messages or tools"
-            ) from error
+            raise InvalidRequestError("the model's chat template does not accept these messages or tools") from error
 
 
 def _named(models: Mapping[str, Location] | Sequence[Location] | Location) -> dict[str, Location]:
@@ -337,9 +329,7 @@ def _named(models: Mapping[str, Location] | Sequence[Location] | Location) -> di
         named = [(name, location) for name, location in models.items()]
     else:
         places = [models] if isinstance(models, str | os.PathLike) else models
-        named = [
-            (os.fspath(at) if _is_hub_id(at) else Path(at).expanduser().resolve().name, at) for at in places
-        ]
+        named = [(os.fspath(at) if _is_hub_id(at) else Path(at).expanduser().resolve().name, at) for at in places]
     locations = dict(named)
     if not locations or not all(name for name in locations):
         raise ValueError("models must name at least one model, and no name may be empty")
@@ -349,9 +339,7 @@ def _named(models: Mapping[str, Location] | Sequence[Location] | Location) -> di
 
 
 def _is_hub_id(location: Location) -> bool:
-    return (
-        isinstance(location, str) and _HUB_ID.fullmatch(location) is not None and not Path(location).exists()
-    )
+    return isinstance(location, str) and _HUB_ID.fullmatch(location) is not None and not Path(location).exists()
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -368,16 +356,14 @@ def _check_folder(name: str, folder: Path) -> None:
         "model.safetensors": ("model*.safetensors",),
         "tokenizer.json": ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*"),
     }
-    missing = [
-        file for file, patterns in needed.items() if not any(any(folder.glob(each)) for each in patterns)
-    ]
-    index = folder / "model.safetensors.index.json"
-    try:
-        json.loads((folder / "config.json").read_bytes()) if "config.json" not in missing else None
-        shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
-    except (ValueError, KeyError, OSError) as error:
-        raise refuse(f"its config.json or {index.name} cannot be read ({_describe(error)})") from error
-    missing += [shard for shard in sorted(set(shards)) if not (folder / shard).exists()]
+    missing = [file for file, patterns in needed.items() if not any(any(folder.glob(each)) for each in patterns)]
+    for file in ("config.json", "model.safetensors.index.json"):
+        if (folder / file).exists():
+            try:
+                shards = json.loads((folder / file).read_bytes()).get("weight_map", {}).values()
+            except (ValueError, AttributeError, OSError) as error:
+                raise refuse(f"its {file} cannot be read ({_describe(error)})") from error
+            missing += [shard for shard in sorted(set(shards)) if not (folder / shard).exists()]
     if missing:
         raise refuse(f"it has no {', '.join(missing)}", missing)
 

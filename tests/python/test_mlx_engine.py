@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving_router._mlx_request import InvalidRequestError, Parameters, chat_messages
-from mlx_serving_router._mlx_text import IncrementalDecoder, StopMatcher
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -103,9 +100,7 @@ class FakeQueue:
         self._taken = job is not None
         return job
 
-    def report(
-        self, phase: str, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()
-    ) -> None:
+    def report(self, phase: str, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()) -> None:
         self.reports.append((phase, tuple(loaded_models), tuple(loading_models)))
         if phase == "ready":
             self.ready.set()
@@ -253,12 +248,8 @@ def test_max_tokens_ends_with_length(engine: Running, story: FakeJob) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "stop", [["house stood"], ["stood on a", "e stood"], ["t", "house"], ["o", "ld light"]]
-)
-def test_stops_before_a_stop_string_wherever_tokens_end(
-    engine: Running, story: FakeJob, stop: list[str]
-) -> None:
+@pytest.mark.parametrize("stop", [["house stood"], ["stood on a", "e stood"], ["t", "house"], ["o", "ld light"]])
+def test_stops_before_a_stop_string_wherever_tokens_end(engine: Running, story: FakeJob, stop: list[str]) -> None:
     job = engine.ask("Tell me a story.", stop=stop)
     end = min((story.text.find(text) + len(text), story.text.find(text)) for text in stop)[1]
     assert job.text == story.text[:end]
@@ -279,9 +270,7 @@ def test_the_context_length_bounds_prompt_and_answer(engine: Running) -> None:
     job = engine.ask(prompt="cat" * 10 * context)
     assert job.end.code == "REQUEST_VALIDATION_FAILED"
     tokens_of_a_word = engine.ask(prompt=" cat" * 10, max_tokens=1).end.prompt_tokens // 10
-    nearly = engine.ask(
-        prompt=" cat" * (context // tokens_of_a_word - 3), max_tokens=100, logit_bias={"5": 100}
-    )
+    nearly = engine.ask(prompt=" cat" * (context // tokens_of_a_word - 3), max_tokens=100, logit_bias={"5": 100})
     assert nearly.end.finish_reason == "length"
     assert nearly.end.prompt_tokens + nearly.end.completion_tokens == context
 
@@ -304,10 +293,7 @@ def test_a_seed_makes_sampling_repeatable(engine: Running) -> None:
 def test_biases_and_penalties_change_the_answer(engine: Running) -> None:
     plain = engine.ask("Count to ten.", max_tokens=12)
     comma = plain.token_ids[1]
-    assert (
-        engine.ask("Count to ten.", max_tokens=12, logit_bias={str(comma): -100.0}).token_ids
-        != plain.token_ids
-    )
+    assert engine.ask("Count to ten.", max_tokens=12, logit_bias={str(comma): -100.0}).token_ids != plain.token_ids
     for name, value in (("repetition_penalty", 40.0), ("presence_penalty", 2.0), ("frequency_penalty", 2.0)):
         job = engine.ask("Count to ten.", max_tokens=12, **{name: value})
         assert job.end.code is None, name
@@ -399,6 +385,24 @@ def test_a_request_that_breaks_fails_alone_and_quotes_nothing(
 
 
 @pytest.mark.model
+def test_serves_several_models_and_runs_again() -> None:
+    pytest.importorskip("mlx_lm")
+    from mlx_serving_router.mlx import MlxEngine
+
+    engine = MlxEngine({"first": MODEL, "second": MODEL})
+    for _ in range(2):
+        running = Running(engine)
+        for name in engine.models:
+            assert running.ask("What do bees make?", model_id=name).text == "Bees make honey."
+        running.stop()
+    assert running.jobs.reports == [
+        ("loading", (), ("first", "second")),
+        ("loading", ("first",), ("second",)),
+        ("ready", ("first", "second"), ()),
+    ]
+
+
+@pytest.mark.model
 def test_reports_loading_then_ready(engine: Running) -> None:
     assert engine.jobs.reports == [("loading", (), ("tiny",)), ("ready", ("tiny",), ())]
 
@@ -460,120 +464,3 @@ def test_without_mlx_only_construction_fails(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     with pytest.raises(ImportError, match=r"mlx-serving-router\[mlx\]"):
         MlxEngine({"tiny": MODEL})
-
-
-# === the parts that need no model ===
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"max_tokens": -1},
-        {"max_tokens": 1.5},
-        {"max_tokens": True},
-        {"temperature": float("nan")},
-        {"temperature": "hot"},
-        {"top_p": 0.0},
-        {"top_p": 1.01},
-        {"top_k": -2},
-        {"min_p": 1.5},
-        {"seed": 0.5},
-        {"stop": [""]},
-        {"stop": [7]},
-        {"repetition_penalty": 0.0},
-        {"presence_penalty": 2.5},
-        {"frequency_penalty": float("inf")},
-        {"logit_bias": {"100": 1.0}},
-        {"logit_bias": {"-1": 1.0}},
-        {"logit_bias": {"a": 1.0}},
-        {"logit_bias": {"1": 101.0}},
-        {"logprobs": 2},
-        {"response_format": {"type": "json_object"}},
-        {"resume": {"tokenIds": [1], "text": "a"}},
-    ],
-    ids=str,
-)
-def test_parameters_out_of_range_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequestError):
-        Parameters.from_request(SimpleNamespace(**{**UNSET, **fields}), default_max_tokens=9, vocabulary=100)
-
-
-def test_parameters_have_defaults_and_neutral_values() -> None:
-    neutral = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
-    neutral |= {
-        "logit_bias": {},
-        "logprobs": 0,
-        "stop": [],
-        "response_format": {"type": "text"},
-        "temperature": 0,
-    }
-    unset, off = (
-        Parameters.from_request(SimpleNamespace(**{**UNSET, **fields}), default_max_tokens=9, vocabulary=100)
-        for fields in ({}, neutral)
-    )
-    assert unset == off
-    assert (unset.max_tokens, unset.temperature, unset.seed) == (9, 0.0, None)
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        [{}],
-        [{"role": "user", "content": 7}],
-        [{"role": "user", "content": [{"type": "image_url"}]}],
-        [{"role": "assistant", "tool_calls": [5]}],
-        [{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}],
-    ],
-    ids=str,
-)
-def test_messages_that_no_template_takes_are_refused(messages: list[dict[str, Any]]) -> None:
-    with pytest.raises(InvalidRequestError):
-        chat_messages(messages)
-
-
-def test_arguments_of_tool_calls_become_objects() -> None:
-    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
-    (message,) = chat_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
-    assert message["content"] == ""
-    assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
-
-
-@pytest.mark.parametrize(
-    ("stops", "text", "shown"),
-    [
-        ([], "abc", "abc"),
-        (["bc"], "abcd", "a"),
-        (["abcd", "bc"], "xabcd", "xa"),  # the first one complete
-        (["bc", "abc"], "xabc", "x"),  # complete together: the longer
-        (["aab"], "aaab", "a"),
-        (["abab"], "abaabab", "aba"),
-        (["xyz"], "xyxy", "xyxy"),
-        (["é🙂"], "café🙂!", "caf"),
-    ],
-)
-def test_stop_strings_are_found_however_the_text_is_cut(stops: list[str], text: str, shown: str) -> None:
-    for cuts in range(2 ** (len(text) - 1)):
-        pieces, start = [], 0
-        for position in range(1, len(text) + 1):
-            if position == len(text) or cuts >> (position - 1) & 1:
-                pieces.append(text[start:position])
-                start = position
-        matcher = StopMatcher(stops)
-        out = ""
-        for piece in pieces:
-            out += matcher.push(piece)
-            assert shown.startswith(out)
-            if matcher.stopped:
-                break
-        assert out + matcher.finish() == shown
-        assert matcher.stopped == (shown != text)
-
-
-def test_the_decoder_holds_back_incomplete_characters() -> None:
-    def decode(ids: list[int]) -> str:
-        return bytes(ids).decode(errors="replace")
-
-    decoder = IncrementalDecoder(decode)
-    assert [decoder.push(byte) for byte in "aé🙂b".encode()] == ["a", "", "é", "", "", "", "🙂", "b"]
-    assert decoder.push(0xF0) + decoder.finish() == ""
