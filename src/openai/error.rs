@@ -37,7 +37,11 @@ struct Inner<'a> {
 
 /// The body of an error with a status and a code that no request can end with: a missing key, an unknown address.
 #[must_use]
-pub fn error_body(status: u16, code: &str, message: &str, param: Option<&str>) -> Vec<u8> {
+pub fn error_body(status: u16, code: &str, message: &str) -> Vec<u8> {
+    body(status, code, message, None)
+}
+
+fn body(status: u16, code: &str, message: &str, param: Option<&str>) -> Vec<u8> {
     encode(&Body { error: Inner { message, kind: kind(status), param, code } })
 }
 
@@ -50,7 +54,7 @@ impl From<&ControllerError> for ErrorAnswer {
             (ControllerErrorCode::ModelNotFound, _) | (_, Some("model_id")) => Some("model"),
             (_, other) => other,
         };
-        Self { status, headers: headers(error, status), body: error_body(status, error.code().as_str(), error.message(), param) }
+        Self { status, headers: headers(error, status), body: body(status, error.code().as_str(), error.message(), param) }
     }
 }
 

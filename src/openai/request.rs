@@ -1,6 +1,7 @@
 //! What a client asks, in the fleet's words.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -24,7 +25,7 @@ pub struct CompletionCall {
     /// The kind.
     pub endpoint: Endpoint,
     /// What is asked of the fleet. Valid.
-    pub request: InferenceRequest,
+    pub request: Arc<InferenceRequest>,
     /// Whether the answer is wanted as it comes.
     pub stream: bool,
     /// Whether a stream ends with its usage.
@@ -116,7 +117,7 @@ impl CompletionCall {
             Some("logprobs") if endpoint == Endpoint::Chat => renamed(&error, "logprobs", "top_logprobs"),
             _ => error,
         })?;
-        Ok(Self { endpoint, request, stream, include_usage: include_usage(body.stream_options)? })
+        Ok(Self { endpoint, request: Arc::new(request), stream, include_usage: include_usage(body.stream_options)? })
     }
 
     /// The id of the answer: that of the request, with the API's prefix.

@@ -49,7 +49,7 @@ fn errors_name_the_param_by_the_apis_name() {
     assert_eq!(param(&ControllerError::validation("model_id", "is bad")), "model");
     assert_eq!(param(&ControllerError::validation("top_p", "is bad")), "top_p");
     assert_eq!(param(&ControllerError::new(Code::QueueFull, "full")), Value::Null);
-    let body: Value = serde_json::from_slice(&openai::error_body(401, "invalid_api_key", "no", None)).unwrap();
+    let body: Value = serde_json::from_slice(&openai::error_body(401, "invalid_api_key", "no")).unwrap();
     let error = json!({"message": "no", "type": "authentication_error", "param": null, "code": "invalid_api_key"});
     assert_eq!(body, json!({"error": error}));
 }

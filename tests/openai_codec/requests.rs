@@ -18,7 +18,7 @@ fn every_field_finds_its_place() {
     }));
     assert!(call.stream && call.include_usage);
     assert_eq!(
-        serde_json::to_value(&call.request).unwrap(),
+        serde_json::to_value(&*call.request).unwrap(),
         json!({
             "requestId": "r-1", "modelId": "tiny", "messages": [{"role": "user", "content": "Hello"}], "maxTokens": 16,
             "temperature": 0.7, "topP": 0.95, "topK": 40, "minP": 0.05, "seed": 7, "stop": ["\n\n"],
@@ -65,7 +65,7 @@ fn parts_of_text_are_joined_and_all_else_is_left_alone() {
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
         {"role": "user", "content": []},
     ]);
-    let read: Value = chat(json!({"messages": messages})).request.messages.unwrap().read().unwrap();
+    let read: Value = chat(json!({"messages": messages})).request.messages.as_ref().unwrap().read().unwrap();
     assert_eq!(
         read,
         json!([

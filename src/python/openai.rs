@@ -1,0 +1,171 @@
+//! The OpenAI codec for Python front-ends: `CompletionCall`, `StreamEncoder` and the bodies of errors and models.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use serde_json::{Map, Value};
+
+use super::answer::{PyInferenceResponse, PyTokenEvent};
+use super::errors;
+use super::json;
+use super::request::PyInferenceRequest;
+use crate::dispatch::Answer;
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::openai::{self, Completion, CompletionCall, Endpoint, ErrorAnswer, StreamEncoder};
+
+/// A client's call: what is asked of the fleet, and how its answer is written.
+#[pyclass(frozen, module = "mlx_serving_router._native", name = "CompletionCall")]
+pub(super) struct PyCompletionCall(Arc<CompletionCall>);
+
+/// Writes one stream of server-sent events. Each method gives the bytes of one write.
+#[pyclass(frozen, module = "mlx_serving_router._native", name = "StreamEncoder")]
+pub(super) struct PyStreamEncoder(Mutex<StreamEncoder>);
+
+/// Status, headers and body.
+type Parts<'py> = (u16, Vec<(&'static str, String)>, Bound<'py, PyBytes>);
+
+fn parse(
+    py: Python<'_>,
+    endpoint: Endpoint,
+    body: &[u8],
+    request_id: String,
+    session_id: Option<&str>,
+) -> PyResult<PyCompletionCall> {
+    let call = errors::unwrap(py, CompletionCall::parse(endpoint, body, request_id, session_id))?;
+    Ok(PyCompletionCall(Arc::new(call)))
+}
+
+#[pymethods]
+impl PyCompletionCall {
+    /// Reads a body of `/v1/chat/completions`.
+    ///
+    /// Args:
+    ///     body: The body.
+    ///     request_id: Becomes the request's name.
+    ///     session_id: The header `x-session-id`.
+    ///
+    /// Raises:
+    ///     ControllerError: REQUEST_VALIDATION_FAILED, INVALID_SESSION_ID.
+    #[staticmethod]
+    #[pyo3(signature = (body, *, request_id, session_id=None))]
+    fn chat(py: Python<'_>, body: &[u8], request_id: String, session_id: Option<&str>) -> PyResult<Self> {
+        parse(py, Endpoint::Chat, body, request_id, session_id)
+    }
+
+    /// Reads a body of `/v1/completions`; as `chat` otherwise.
+    #[staticmethod]
+    #[pyo3(signature = (body, *, request_id, session_id=None))]
+    fn text(py: Python<'_>, body: &[u8], request_id: String, session_id: Option<&str>) -> PyResult<Self> {
+        parse(py, Endpoint::Text, body, request_id, session_id)
+    }
+
+    /// What is asked of the fleet.
+    #[getter]
+    fn request(&self) -> PyInferenceRequest {
+        PyInferenceRequest(self.0.request.clone())
+    }
+
+    /// Whether the answer is wanted as it comes.
+    #[getter]
+    fn stream(&self) -> bool {
+        self.0.stream
+    }
+
+    /// The answer in one piece. `created` is in seconds since the epoch.
+    ///
+    /// Raises:
+    ///     ControllerError: WORKER_UNAVAILABLE, the worker's tool calls are in no shape that could be meant.
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        response: &Bound<'py, PyInferenceResponse>,
+        created: u64,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = errors::unwrap(py, self.0.encode(&completion(&response.get().0), created))?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// The writer of the answer as it comes. `created` is in seconds since the epoch.
+    fn stream_encoder(&self, created: u64) -> PyStreamEncoder {
+        PyStreamEncoder(Mutex::new(StreamEncoder::new(self.0.clone(), created)))
+    }
+}
+
+#[pymethods]
+impl PyStreamEncoder {
+    /// Pieces of the answer.
+    fn tokens<'py>(&self, py: Python<'py>, events: Vec<Bound<'py, PyTokenEvent>>) -> Bound<'py, PyBytes> {
+        let pieces = events.iter().map(|event| (event.get().0.text.as_str(), event.get().0.logprobs.as_ref()));
+        PyBytes::new(py, &self.0.lock().tokens(pieces))
+    }
+
+    /// The end of the answer, up to `[DONE]`.
+    fn finish<'py>(&self, py: Python<'py>, response: &Bound<'py, PyInferenceResponse>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.lock().finish(&completion(&response.get().0)))
+    }
+
+    /// The end of a stream that broke.
+    fn error<'py>(&self, py: Python<'py>, error: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let error = core_error(error)?;
+        Ok(PyBytes::new(py, &self.0.lock().error(&error)))
+    }
+}
+
+/// A `ControllerError` as status, headers and body.
+#[pyfunction]
+#[pyo3(name = "openai_error")]
+pub(super) fn error_answer<'py>(py: Python<'py>, error: &Bound<'py, PyAny>) -> PyResult<Parts<'py>> {
+    let ErrorAnswer { status, headers, body } = ErrorAnswer::from(&core_error(error)?);
+    Ok((status, headers, PyBytes::new(py, &body)))
+}
+
+/// The body of an error that no request can end with: a missing key, an unknown address.
+#[pyfunction]
+#[pyo3(name = "openai_error_body")]
+pub(super) fn error_body<'py>(py: Python<'py>, status: u16, code: &str, message: &str) -> Bound<'py, PyBytes> {
+    PyBytes::new(py, &openai::error_body(status, code, message))
+}
+
+/// The body of `/v1/models`. `created` is in seconds since the epoch.
+#[pyfunction]
+#[pyo3(name = "openai_models")]
+pub(super) fn models<'py>(py: Python<'py>, ids: Vec<String>, created: u64) -> Bound<'py, PyBytes> {
+    PyBytes::new(py, &openai::models(&ids, created))
+}
+
+/// The body of `/v1/models/{id}`. `created` is in seconds since the epoch.
+#[pyfunction]
+#[pyo3(name = "openai_model")]
+pub(super) fn model<'py>(py: Python<'py>, id: &str, created: u64) -> Bound<'py, PyBytes> {
+    PyBytes::new(py, &openai::model(id, created))
+}
+
+fn completion(answer: &Answer) -> Completion<'_> {
+    Completion {
+        model: &answer.model_id,
+        text: &answer.text,
+        finish_reason: answer.finish_reason,
+        usage: answer.usage,
+        tool_calls: answer.tool_calls.as_ref(),
+        logprobs: answer.logprobs.as_ref(),
+    }
+}
+
+/// The core's error of a Python `ControllerError`, with its cause.
+fn core_error(error: &Bound<'_, PyAny>) -> PyResult<ControllerError> {
+    let core = without_cause(error)?;
+    let cause = error.getattr("__cause__")?;
+    // One step: a chain of Python exceptions may be a ring.
+    Ok(if cause.hasattr("to_dict")? { core.caused_by(without_cause(&cause)?) } else { core })
+}
+
+fn without_cause(error: &Bound<'_, PyAny>) -> PyResult<ControllerError> {
+    let code: String = error.getattr("code")?.getattr("value")?.extract()?;
+    let code = ControllerErrorCode::parse(&code).unwrap_or(ControllerErrorCode::InternalError);
+    let message: String = error.getattr("message")?.extract()?;
+    let facts = error.call_method0("to_dict")?.get_item("error")?.get_item("context")?;
+    let facts: Map<String, Value> = json::from_python("context", &facts)?;
+    Ok(facts.into_iter().fold(ControllerError::new(code, message), |core, (key, value)| core.with(&key, value)))
+}
