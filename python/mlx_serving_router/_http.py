@@ -150,8 +150,8 @@ class EventStream(Response):
                 last = self._encoder.error(error)
             except OSError as error:  # how servers since ASGI 2.4 tell that nobody reads
                 raise ClientDisconnect from error
-            except Exception:
-                last = self._encoder.error(defect(stream.request_id))
+            except Exception as error:  # noqa: BLE001 it goes to the log, and the client must not take this for the end
+                last = self._encoder.error(defect(error, stream.request_id))
             await send(_piece(last, more=False))
 
 
@@ -192,9 +192,9 @@ class HttpError(Exception):
         self.headers = headers
 
 
-def defect(request_id: str) -> ControllerError:
-    """What the client is told of the exception at hand, which goes to the log."""
-    _logger.exception("a defect in a request", extra={"request_id": request_id})
+def defect(error: Exception, request_id: str) -> ControllerError:
+    """What the client is told of an exception, which goes to the log."""
+    _logger.error("a defect in a request", exc_info=error, extra={"request_id": request_id})
     return ControllerError(ControllerErrorCode.INTERNAL_ERROR, "a defect of the router; its log has more")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hmac
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -44,7 +44,7 @@ __all__ = ["controller_router", "create_app", "get_controller"]
 _STATE: Final = "mlx_serving_router"
 # Models have no birthday here; clients want one that stays.
 _STARTED: Final = int(time.time())
-_PROMETHEUS: Final = "text/plain; version=1.0.0; charset=utf-8"
+_OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 def create_app(
@@ -103,19 +103,19 @@ def _router(config: ClusterConfig, controller: ControllerNode | None = None) -> 
         finally:
             await node.stop(settings["drainTimeoutMs"] / 1000)
 
-    keyed = [Depends(_require_key([key.encode() for key in settings["apiKeys"]]))]
+    keys = [key.encode() for key in settings["apiKeys"]]
+    keyed = [Depends(_require_key(keys))] if keys else []
     router = APIRouter(lifespan=lifespan)
-    for path, endpoint, summary in _V1:
-        methods = ["POST"] if path.endswith("completions") else ["GET"]
+    for method, path, endpoint, summary in _ROUTES:
         router.add_api_route(
-            path, endpoint, methods=methods, summary=summary, dependencies=keyed, tags=["OpenAI API"],
-            response_class=Response, route_class_override=_OpenAIRoute,
-        )  # fmt: skip
-    for path, endpoint, summary in _API:
-        router.add_api_route(
-            path, endpoint, summary=summary, dependencies=keyed if path.startswith("/api/") else [], tags=["Fleet"],
-            response_class=Response, route_class_override=_FleetRoute,
-        )  # fmt: skip
+            path,
+            endpoint,
+            methods=[method],
+            summary=summary,
+            dependencies=keyed if path.startswith(("/v1/", "/api/")) else [],
+            response_class=Response,
+            route_class_override=_OpenAIRoute if path.startswith("/v1/") else _Route,
+        )
     return router
 
 
@@ -138,24 +138,26 @@ def get_controller(request: Request) -> ControllerNode:
 
 
 class _Route(APIRoute):
-    """Every answer has the request's id; errors have the shape of their area, whatever the application does with its."""
+    """Every answer has the id of its request; errors have the shape of their area, in any application."""
 
-    shape: ClassVar[Callable[[ControllerError | HttpError], Response]] = staticmethod(api_error)
+    @staticmethod
+    def shape(error: ControllerError | HttpError) -> Response:
+        """An error as an answer."""
+        return api_error(error)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, with errors turned into answers."""
         handle = super().get_route_handler()
-        shape = type(self).shape
 
         async def answer(request: Request) -> Response:
             try:
                 response = await handle(request)
             except (ControllerError, HttpError) as error:
-                response = shape(error)
+                response = self.shape(error)
             except ClientDisconnect:
                 response = Response(status_code=499)  # for the access log; nobody is there to read it
-            except Exception:  # noqa: BLE001 whatever it is, it is logged and the client gets its answer
-                response = shape(_http.defect(_http.request_id(request)))
+            except Exception as error:  # noqa: BLE001 whatever it is, it is logged and the client gets its answer
+                response = self.shape(_http.defect(error, _http.request_id(request)))
             response.headers[_http.REQUEST_ID] = _http.request_id(request)
             return response
 
@@ -163,17 +165,13 @@ class _Route(APIRoute):
 
 
 class _OpenAIRoute(_Route):
-    shape = staticmethod(openai_error)
-
-
-class _FleetRoute(_Route):
-    shape = staticmethod(api_error)
+    @staticmethod
+    def shape(error: ControllerError | HttpError) -> Response:
+        return openai_error(error)
 
 
 def _require_key(keys: list[bytes]) -> Callable[[Request], Awaitable[None]]:
     async def check(request: Request) -> None:
-        if not keys:
-            return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = token.strip().encode("latin-1")
         # All are compared, so that the time tells nothing of which one came close.
@@ -212,15 +210,17 @@ async def _complete(request: Request, parse: Callable[..., CompletionCall]) -> R
     headers = request.headers
     body = await _http.read_body(request)
     call = parse(body, request_id=_http.request_id(request), session_id=headers.get("x-session-id"))
-    handle = controller.handle_streaming_request if call.stream else controller.handle_buffered_request
-    work = handle(
-        call.request, worker_id=headers.get(_http.WORKER_ID), traceparent=headers.get("traceparent")
-    )
-    answer = await _http.until_disconnect(request.receive, work)
-    created = int(time.time())
-    if isinstance(answer, _native.TokenStream):
-        return _http.EventStream(answer, call.stream_encoder(created))
-    return json_bytes(call.encode(answer, created), headers={_http.WORKER_ID: answer.worker_id})
+    worker_id = headers.get(_http.WORKER_ID)
+    traceparent = headers.get("traceparent")
+    if call.stream:
+        streaming = controller.handle_streaming_request(
+            call.request, worker_id=worker_id, traceparent=traceparent
+        )
+        stream = await _http.until_disconnect(request.receive, streaming)
+        return _http.EventStream(stream, call.stream_encoder(int(time.time())))
+    buffered = controller.handle_buffered_request(call.request, worker_id=worker_id, traceparent=traceparent)
+    answer = await _http.until_disconnect(request.receive, buffered)
+    return json_bytes(call.encode(answer, int(time.time())), headers={_http.WORKER_ID: answer.worker_id})
 
 
 async def _models(request: Request) -> Response:
@@ -308,23 +308,21 @@ async def _worker(request: Request, worker_id: str) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    return Response(get_controller(request).metrics_text(), media_type=_PROMETHEUS)
+    return Response(get_controller(request).metrics_text(), media_type=_OPENMETRICS)
 
 
-_V1: Final[list[tuple[str, Callable[..., Any], str]]] = [
-    ("/v1/chat/completions", _chat_completions, "Answer a conversation"),
-    ("/v1/completions", _completions, "Continue a text"),
-    ("/v1/models", _models, "What is served"),
-    ("/v1/models/{model_id:path}", _model, "One model that is served"),
-]
-_API: Final[list[tuple[str, Callable[..., Any], str]]] = [
-    ("/health", _health, "Whether the process is alive"),
-    ("/ready", _ready, "Whether a worker can serve"),
-    ("/metrics", _metrics, "Metrics for Prometheus"),
-    ("/api/controller/metrics", _controller_metrics, "Requests in numbers, and the circuit breakers"),
-    ("/api/controller/requests", _requests, "What is known of all requests"),
-    ("/api/controller/requests/{request_id}", _request, "What is known of one request"),
-    ("/api/cluster/status", _cluster_status, "The fleet in numbers"),
-    ("/api/cluster/workers", _workers, "All workers"),
-    ("/api/cluster/workers/{worker_id}", _worker, "One worker"),
+_ROUTES: Final[list[tuple[str, str, Callable[..., Any], str]]] = [
+    ("POST", "/v1/chat/completions", _chat_completions, "Answer a conversation"),
+    ("POST", "/v1/completions", _completions, "Continue a text"),
+    ("GET", "/v1/models", _models, "What is served"),
+    ("GET", "/v1/models/{model_id:path}", _model, "One model that is served"),
+    ("GET", "/health", _health, "Whether the process is alive"),
+    ("GET", "/ready", _ready, "Whether a worker can serve"),
+    ("GET", "/metrics", _metrics, "Metrics for Prometheus"),
+    ("GET", "/api/controller/metrics", _controller_metrics, "Requests in numbers, and the circuit breakers"),
+    ("GET", "/api/controller/requests", _requests, "What is known of all requests"),
+    ("GET", "/api/controller/requests/{request_id}", _request, "What is known of one request"),
+    ("GET", "/api/cluster/status", _cluster_status, "The fleet in numbers"),
+    ("GET", "/api/cluster/workers", _workers, "All workers"),
+    ("GET", "/api/cluster/workers/{worker_id}", _worker, "One worker"),
 ]

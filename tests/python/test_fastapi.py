@@ -1,0 +1,261 @@
+"""The front-end as HTTP: headers, addresses, disconnects, life, and a place in somebody else's application."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+
+from mlx_serving_router import ControllerNode, ControllerState
+from mlx_serving_router.fastapi import controller_router, create_app, get_controller
+from serving import LOCAL, PATIENCE, Fleet, serve, tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UUID = re.compile(r"[0-9a-f-]{36}")
+
+
+def chat(model: str = "tiny", **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "Hello"}], **fields}
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Fleet:
+    return Fleet()
+
+
+@pytest.fixture(scope="module")
+def http(fleet: Fleet) -> Iterator[httpx.Client]:
+    with serve(create_app(controller=fleet.controller)) as url, httpx.Client(base_url=url) as client:
+        yield client
+
+
+# === headers ===
+
+
+def test_every_answer_has_a_request_id(http: httpx.Client) -> None:
+    for response in [
+        http.get("/health"),
+        http.get("/nowhere"),
+        http.delete("/v1/models"),
+        http.post("/v1/chat/completions", content=b"nonsense"),
+        http.post("/v1/chat/completions", json=chat()),
+        http.post("/v1/chat/completions", json=chat(stream=True)),
+        http.get("/api/controller/requests/none"),
+    ]:
+        assert UUID.fullmatch(response.headers["x-request-id"]), response.request.url
+        assert not response.text.startswith('{"detail"')
+
+
+def test_a_sane_request_id_is_kept_and_names_the_request(http: httpx.Client) -> None:
+    response = http.post("/v1/chat/completions", json=chat(), headers={"x-request-id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"
+    assert response.json()["id"] == "chatcmpl-mine-1"
+    assert http.get("/api/controller/requests/mine-1").json()["status"] == "succeeded"
+    other = http.get("/health", headers={"x-request-id": "a b"})
+    assert UUID.fullmatch(other.headers["x-request-id"])
+
+
+def test_the_worker_is_told_and_can_be_named(http: httpx.Client) -> None:
+    for stream in (False, True):
+        response = http.post("/v1/chat/completions", json=chat(stream=stream))
+        assert response.headers["x-worker-id"] == "tiny"
+    named = http.post("/v1/chat/completions", json=chat(), headers={"x-worker-id": "tiny"})
+    assert named.status_code == 200
+    nobody = http.post("/v1/chat/completions", json=chat(), headers={"x-worker-id": "nobody"})
+    assert nobody.json()["error"]["code"] == "WORKER_OFFLINE"
+
+
+def test_the_session_comes_from_the_header_first(http: httpx.Client) -> None:
+    body = chat("echo", session_id="body", user="user")
+    response = http.post("/v1/chat/completions", json=body, headers={"x-session-id": "header"})
+    asked = json.loads(response.json()["choices"][0]["message"]["content"])
+    assert asked["sessionId"] == "header"
+    refused = http.post("/v1/chat/completions", json=chat(session_id="x" * 257))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "INVALID_SESSION_ID")
+
+
+# === streams ===
+
+
+def test_a_stream_is_data_lines_alone(http: httpx.Client) -> None:
+    response = http.post("/v1/chat/completions", json=chat(stream=True))
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: {") for event in events[:-2])
+
+
+def test_a_broken_stream_ends_with_its_error(http: httpx.Client) -> None:
+    events = http.post("/v1/chat/completions", json=chat("breaks", stream=True)).text.split("\n\n")
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "STREAM_INTERRUPTED"
+    assert "[DONE]" not in "".join(events)
+
+
+# === disconnects ===
+
+
+@pytest.mark.parametrize(
+    ("model", "stream"), [("stalls", False), ("stalls", True), ("babbles", False), ("babbles", True)]
+)
+def test_a_client_that_leaves_stops_the_generation(
+    http: httpx.Client, fleet: Fleet, model: str, *, stream: bool
+) -> None:
+    fleet.begun.clear()
+    fleet.cancelled.clear()
+    body = json.dumps(chat(model, stream=stream)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    at = urlsplit(str(http.base_url))
+    with socket.create_connection((at.hostname, at.port), timeout=PATIENCE) as connection:
+        connection.sendall(head + body)
+        assert fleet.begun.wait(PATIENCE)
+        if stream and model == "babbles":
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert not fleet.cancelled.is_set()
+    assert fleet.cancelled.wait(PATIENCE)
+
+
+# === errors ===
+
+
+def test_errors_have_the_shape_of_their_area(http: httpx.Client) -> None:
+    broken = http.post("/v1/chat/completions", content=b'{"model": "tiny",')
+    assert broken.status_code == 400
+    assert set(broken.json()["error"]) == {"message", "type", "param", "code"}
+    assert broken.json()["error"]["type"] == "invalid_request_error"
+    assert "line 1 column 17" in broken.json()["error"]["message"]
+
+    unknown = http.get("/api/cluster/workers/nobody")
+    assert unknown.status_code == 404
+    assert set(unknown.json()["error"]) == {"code", "message", "context", "timestamp", "retryable"}
+
+    request = http.get("/api/controller/requests/none")
+    assert (request.status_code, request.json()) == (404, {"error": "Request not found", "requestId": "none"})
+
+
+def test_a_body_without_end_is_refused(http: httpx.Client) -> None:
+    refused = http.post("/v1/chat/completions", content=b" " * (16 * 1024 * 1024 + 1))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
+
+
+def test_without_a_worker_everything_says_so() -> None:
+    with serve(create_app(LOCAL)) as url, httpx.Client(base_url=url) as http:
+        assert http.get("/health").status_code == 200
+        assert http.get("/ready").status_code == 503
+        assert http.get("/v1/models").json() == {"object": "list", "data": []}
+        refused = http.post("/v1/chat/completions", json=chat())
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "NO_WORKERS_AVAILABLE")
+
+
+# === keys ===
+
+
+def test_keys_guard_the_apis_and_nothing_else() -> None:
+    with (
+        serve(create_app(controller=Fleet(apiKeys=["right"]).controller)) as url,
+        httpx.Client(base_url=url) as http,
+    ):
+        for path in ("/health", "/ready", "/metrics"):
+            assert http.get(path).status_code == 200
+        for path in ("/v1/models", "/api/cluster/status", "/api/controller/requests/none"):
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic right"}):
+                refused = http.get(path, headers=headers)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+                assert refused.headers["www-authenticate"] == "Bearer"
+            assert http.get(path, headers={"authorization": "Bearer right"}).status_code in (200, 404)
+        assert http.post("/v1/chat/completions", content=b"{").status_code == 401
+
+
+# === the fleet ===
+
+
+def test_the_fleet_is_shown(http: httpx.Client, fleet: Fleet) -> None:
+    http.post("/v1/chat/completions", json=chat(), headers={"x-request-id": "shown"})
+    status = http.get("/api/cluster/status").json()
+    assert status["controllerId"] == fleet.controller.controller_id
+    assert (status["state"], status["workers"]["online"]) == ("ready", 8)
+    workers = {worker["workerId"]: worker for worker in http.get("/api/cluster/workers").json()}
+    assert http.get("/api/cluster/workers/tiny").json()["models"] == workers["tiny"]["models"] == ["tiny"]
+    metrics = http.get("/api/controller/metrics").json()
+    assert set(metrics) == {"activeRequests", "completedRequests", "circuitBreaker", "timestamp"}
+    assert metrics["completedRequests"] > 0
+    assert "shown" in [request["requestId"] for request in http.get("/api/controller/requests").json()]
+    assert http.get("/ready").json()["status"] == "ready"
+    assert "mlx_router_" in http.get("/metrics").text
+
+
+def test_breakers_are_shown_under_the_names_of_their_workers() -> None:
+    controller = ControllerNode({"nats": {"mode": "none"}})
+    controller.add_local_worker(tiny, worker_id="snake_case_id", models=["tiny"])
+    with serve(create_app(controller=controller)) as url:
+        breakers = httpx.get(f"{url}/api/controller/metrics").json()["circuitBreaker"]
+    assert list(breakers) == ["snake_case_id"]
+    assert breakers["snake_case_id"]["state"] == "CLOSED"
+    assert "failureCount" in breakers["snake_case_id"]
+
+
+# === life, and other applications ===
+
+
+def test_a_router_lives_beside_other_routes_under_a_prefix() -> None:
+    fleet = Fleet()
+    app = FastAPI()
+    app.include_router(controller_router(fleet.controller), prefix="/llm")
+
+    @app.get("/mine")
+    async def mine(controller: ControllerNode = Depends(get_controller)) -> dict[str, str]:  # noqa: B008
+        return {"controller": controller.controller_id}
+
+    with serve(app) as url, httpx.Client(base_url=url) as http:
+        assert http.get("/mine").json() == {"controller": fleet.controller.controller_id}
+        answer = http.post("/llm/v1/chat/completions", json=chat())
+        assert answer.json()["choices"][0]["message"]["content"] == "Hello, world"
+        assert http.get("/v1/models").status_code == 404
+        refused = http.post("/llm/v1/chat/completions", content=b"{")
+        assert refused.json()["error"]["code"] == "REQUEST_VALIDATION_FAILED"
+        assert refused.headers["x-request-id"]
+    assert fleet.controller.state is ControllerState.STOPPED
+
+
+def test_an_application_can_be_served_twice() -> None:
+    app = create_app(LOCAL)
+    for _ in range(2):
+        with serve(app) as url:
+            assert httpx.get(f"{url}/api/cluster/status").json()["state"] == "ready"
+
+
+def in_process(app: FastAPI, state: Any) -> httpx.ASGITransport:
+    async def with_state(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "state": dict(state)}, receive, send)
+
+    return httpx.ASGITransport(app=with_state)
+
+
+async def test_a_controller_that_runs_already_is_left_to_its_owner() -> None:
+    async with ControllerNode(LOCAL) as controller:
+        controller.add_local_worker(tiny, models=["tiny"])
+        app = create_app(controller=controller)
+        async with (
+            app.router.lifespan_context(app) as state,
+            httpx.AsyncClient(transport=in_process(app, state), base_url="http://here") as http,
+        ):
+            answer = await http.post("/v1/chat/completions", json=chat())
+            assert answer.json()["choices"][0]["message"]["content"] == "Hello, world"
+        assert controller.state is ControllerState.READY
+
+
+def test_a_config_and_a_controller_are_not_given_together() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        create_app(LOCAL, controller=ControllerNode(LOCAL))
+
+
+def test_the_openapi_document_lists_the_routes() -> None:
+    paths = create_app(LOCAL).openapi()["paths"]
+    assert {"/v1/chat/completions", "/v1/models/{model_id}", "/api/cluster/status", "/health"} <= set(paths)
