@@ -140,6 +140,17 @@ def test_errors_have_the_shape_of_their_area(http: httpx.Client) -> None:
     assert (request.status_code, request.json()) == (404, {"error": "Request not found", "requestId": "none"})
 
 
+async def test_a_defect_is_answered_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    never_started = httpx.ASGITransport(app=create_app(LOCAL))
+    async with httpx.AsyncClient(transport=never_started, base_url="http://here") as http:
+        response = await http.post("/v1/chat/completions", json=chat())
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "INTERNAL_ERROR")
+    assert response.headers["x-should-retry"] == "false"
+    [record] = [record for record in caplog.records if record.name == "mlx_serving_router._http"]
+    assert record.exc_info
+    assert "lifespan" in str(record.exc_info[1])
+
+
 def test_a_body_without_end_is_refused(http: httpx.Client) -> None:
     refused = http.post("/v1/chat/completions", content=b" " * (16 * 1024 * 1024 + 1))
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
