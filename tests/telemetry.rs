@@ -29,7 +29,7 @@ fn ms(count: u64) -> Duration {
 #[test]
 fn a_retried_request_tells_its_whole_story() {
     let (requests, start) = (requests(1_000, 10), Instant::now());
-    let record = requests.begin(&request("r"), start).unwrap();
+    let mut record = requests.begin(&request("r"), start).unwrap();
     assert_eq!(record.snapshot().status, RequestStatus::Queued);
     assert_eq!((requests.active(), requests.queued(), requests.completed()), (1, 1, 0));
 
@@ -75,7 +75,7 @@ fn a_dropped_record_ends_as_cancelled() {
 #[test]
 fn a_failure_before_any_attempt_keeps_its_error() {
     let (requests, start) = (requests(1_000, 10), Instant::now());
-    let record = requests.begin(&request("r"), start).unwrap();
+    let mut record = requests.begin(&request("r"), start).unwrap();
     let last = record.finish(Err(&ControllerError::new(Code::NoWorkersAvailable, "x".repeat(10_000))), start);
     assert_eq!((last.status, last.retry_count, last.selected_worker), (RequestStatus::Failed, 0, None));
     let error = last.final_error.unwrap();
@@ -85,7 +85,7 @@ fn a_failure_before_any_attempt_keeps_its_error() {
 #[test]
 fn a_limit_that_passes_between_attempts_is_counted() {
     let (requests, start) = (requests(1_000, 10), Instant::now());
-    let record = requests.begin(&request("r"), start).unwrap();
+    let mut record = requests.begin(&request("r"), start).unwrap();
     record.attempt_started(&worker("a"), "strategy", vec![], start);
     record.attempt_ended(Some(Code::WorkerUnavailable), start);
     let last = record.finish(Err(&ControllerError::new(Code::WorkerTimeout, "total")), start);
@@ -101,7 +101,7 @@ fn an_active_id_is_refused_and_an_ended_one_replaced() {
     assert!(requests.is_active("r"));
     drop(record);
     assert!(!requests.is_active("r"));
-    let again = requests.begin(&request("r"), start).unwrap();
+    let mut again = requests.begin(&request("r"), start).unwrap();
     assert_eq!(requests.get("r", start).unwrap().status, RequestStatus::Queued);
     assert_eq!(requests.all(start).len(), 1);
     again.finish(Ok(()), start);
@@ -135,7 +135,7 @@ fn at_most_max_entries_ended_requests_stay_and_the_oldest_go_first() {
 #[test]
 fn metadata_travels_as_camel_case_json() {
     let (requests, start) = (requests(1_000, 3), Instant::now());
-    let record = requests.begin(&request("r"), start).unwrap();
+    let mut record = requests.begin(&request("r"), start).unwrap();
     record.attempt_started(&worker("a"), "strategy", vec![], start);
     let metadata = record.finish(Err(&ControllerError::new(Code::StreamInterrupted, "broken")), start);
     let json = serde_json::to_value(&metadata).unwrap();
@@ -167,8 +167,8 @@ fn the_text_has_every_number_under_one_prefix() {
     metrics.attempt_ended(&worker("a"), Some(Code::WorkerTimeout));
     metrics.retry(Code::WorkerTimeout);
     metrics.breaker_transition("OPEN");
-    metrics.late_reply();
-    metrics.dropped_reply();
+    metrics.late_replies(1);
+    metrics.dropped_replies(1);
     metrics.events_lost(4);
     metrics.failover();
     let text = metrics.text(&gauges(&["a", "b"]));

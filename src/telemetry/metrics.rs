@@ -224,14 +224,14 @@ impl Metrics {
         self.failovers.inc();
     }
 
-    /// A reply came to an attempt that was over.
-    pub fn late_reply(&self) {
-        self.late_replies.inc();
+    /// So many replies came to attempts that were over.
+    pub fn late_replies(&self, count: u64) {
+        self.late_replies.inc_by(count);
     }
 
-    /// A reply came that the protocol has no place for.
-    pub fn dropped_reply(&self) {
-        self.dropped_replies.inc();
+    /// So many replies came that the protocol has no place for.
+    pub fn dropped_replies(&self, count: u64) {
+        self.dropped_replies.inc_by(count);
     }
 
     /// A reader of events was too slow for so many of them.

@@ -299,8 +299,8 @@ impl RequestRecord {
         self.live.change(|metadata| metadata.circuit_breaker_trips += 1);
     }
 
-    /// Closes the record, and with it an attempt that still runs. Gives the final metadata.
-    pub fn finish(mut self, result: Result<(), &ControllerError>, now: Instant) -> RequestMetadata {
+    /// Closes the record, and with it an attempt that still runs. Gives the final metadata. Done once; nothing follows it.
+    pub fn finish(&mut self, result: Result<(), &ControllerError>, now: Instant) -> RequestMetadata {
         let error = result
             .err()
             .map(|error| FinalError { code: error.code(), message: error.message().chars().take(MESSAGE_MAX).collect() });

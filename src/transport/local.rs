@@ -9,6 +9,7 @@ use futures_util::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
+use super::mailbox::OnDrop;
 use super::{Mailbox, Outgoing, Postbox, Transport, mailbox};
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::wire::{InferenceRequest, WorkerId};
@@ -29,6 +30,7 @@ pub struct LocalPort {
     worker: WorkerId,
     receiver: mpsc::Receiver<LocalMessage>,
     ports: Arc<Mutex<HashMap<WorkerId, mpsc::Sender<LocalMessage>>>>,
+    on_detach: OnDrop,
 }
 
 /// What reaches a local worker.
@@ -74,7 +76,7 @@ impl LocalHub {
             return None;
         }
         ports.insert(worker.clone(), sender);
-        Some(LocalPort { worker: worker.clone(), receiver, ports: self.ports.clone() })
+        Some(LocalPort { worker: worker.clone(), receiver, ports: self.ports.clone(), on_detach: OnDrop::default() })
     }
 
     /// Ends every worker's messages.
@@ -120,6 +122,13 @@ impl LocalPort {
     #[must_use]
     pub fn worker(&self) -> &WorkerId {
         &self.worker
+    }
+
+    /// Has something run once the worker is detached.
+    #[must_use]
+    pub fn on_detach(mut self, run: impl FnOnce() + Send + Sync + 'static) -> Self {
+        self.on_detach = OnDrop::new(run);
+        self
     }
 
     /// The next message; `None` when the controller has gone.

@@ -22,21 +22,22 @@ pub enum Delivery {
 #[derive(Debug)]
 pub struct Mailbox {
     receiver: mpsc::Receiver<Delivery>,
-    _on_drop: Option<OnDrop>,
+    on_drop: OnDrop,
 }
 
 /// Where a carrier posts. Clones post into the same mailbox.
 #[derive(Clone, Debug)]
 pub struct Postbox(mpsc::Sender<Delivery>);
 
-/// Runs when a mailbox is dropped.
-struct OnDrop(Option<Box<dyn FnOnce() + Send + Sync>>);
+/// Runs when it is dropped.
+#[derive(Default)]
+pub(super) struct OnDrop(Option<Box<dyn FnOnce() + Send + Sync>>);
 
 /// A mailbox and the way into it.
 #[must_use]
 pub fn mailbox() -> (Postbox, Mailbox) {
     let (sender, receiver) = mpsc::channel(CAPACITY);
-    (Postbox(sender), Mailbox { receiver, _on_drop: None })
+    (Postbox(sender), Mailbox { receiver, on_drop: OnDrop::default() })
 }
 
 // === impl Mailbox ===
@@ -45,7 +46,7 @@ impl Mailbox {
     /// Has something run when the mailbox is dropped: the carrier forgets it.
     #[must_use]
     pub fn on_drop(mut self, run: impl FnOnce() + Send + Sync + 'static) -> Self {
-        self._on_drop = Some(OnDrop(Some(Box::new(run))));
+        self.on_drop = OnDrop::new(run);
         self
     }
 
@@ -77,6 +78,12 @@ impl Postbox {
 }
 
 // === impl OnDrop ===
+
+impl OnDrop {
+    pub(super) fn new(run: impl FnOnce() + Send + Sync + 'static) -> Self {
+        Self(Some(Box::new(run)))
+    }
+}
 
 impl Drop for OnDrop {
     fn drop(&mut self) {

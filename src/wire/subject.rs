@@ -21,6 +21,12 @@ pub fn deregister(prefix: &str) -> String {
     format!("{prefix}worker.deregister")
 }
 
+/// Controllers hear all three of these here.
+#[must_use]
+pub fn membership(prefix: &str) -> String {
+    format!("{prefix}worker.*")
+}
+
 /// A controller asks one worker to register again here.
 #[must_use]
 pub fn reregister(prefix: &str, worker: &WorkerId) -> String {

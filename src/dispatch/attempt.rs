@@ -1,0 +1,304 @@
+//! One attempt: sent to one worker, under four timers, to its end.
+//!
+//! It promises tokens in order and without gaps, exactly one end, and that the worker is told to stop whenever the attempt
+//! ends before the worker's answer does, be it by being dropped. It knows nothing of other attempts.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::limits::{Limit, Timers};
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::routing::{Lease, Outcome};
+use crate::transport::{Delivery, Mailbox, Outgoing, Transport};
+use crate::wire::{Finish, Json, Reply, Token, WorkerId};
+
+/// A running attempt.
+pub(super) struct Attempt {
+    transport: Arc<dyn Transport>,
+    lease: Option<Lease>,
+    outgoing: Outgoing,
+    timers: Timers,
+    sent: Instant,
+    stage: Stage,
+    sleep: Pin<Box<Sleep>>,
+    /// What the sleep was set to last.
+    armed: Option<Instant>,
+    gone: CancellationToken,
+    cut: CancellationToken,
+    accepted: bool,
+    /// The place that the next token has to have.
+    expected: u64,
+    /// Replies that the protocol has no place for.
+    dropped: u64,
+}
+
+enum Stage {
+    Unsent,
+    Running(Mailbox),
+    Over,
+}
+
+/// What an attempt has to tell.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// A piece of the answer.
+    Token(Token),
+    /// The end of it.
+    End(Finish),
+    /// All of it at once.
+    Whole(Whole),
+}
+
+/// An answer in one message.
+#[derive(Debug)]
+pub(super) struct Whole {
+    pub(super) text: String,
+    pub(super) finish: Finish,
+    pub(super) logprobs: Option<Json>,
+}
+
+// === impl Attempt ===
+
+impl Attempt {
+    /// An attempt that is not sent yet: the first [`next`](Self::next) does. `cut` fires when the controller stops.
+    pub(super) fn new(
+        transport: Arc<dyn Transport>,
+        lease: Lease,
+        outgoing: Outgoing,
+        timers: Timers,
+        cut: CancellationToken,
+        now: Instant,
+    ) -> Self {
+        let gone = lease.gone().clone();
+        let (at, _) = timers.next();
+        Self {
+            transport,
+            lease: Some(lease),
+            outgoing,
+            timers,
+            sent: now,
+            stage: Stage::Unsent,
+            sleep: Box::pin(tokio::time::sleep_until(at)),
+            armed: Some(at),
+            gone,
+            cut,
+            accepted: false,
+            expected: 0,
+            dropped: 0,
+        }
+    }
+
+    pub(super) fn worker(&self) -> &WorkerId {
+        &self.outgoing.worker
+    }
+
+    /// Replies that the protocol has no place for.
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// Whether a token has been given out.
+    pub(super) fn has_begun(&self) -> bool {
+        self.expected > 0
+    }
+
+    /// Whether the request's own limit ended it, or would.
+    pub(super) fn is_requests_own_end(&self, error: &ControllerError) -> bool {
+        error.code() == ControllerErrorCode::WorkerTimeout
+            && error.context().get("limit").is_some_and(|limit| limit == Limit::Total.as_str())
+            && self.timers.is_requests_own()
+    }
+
+    /// The next thing that it has to tell. Cancel-safe. After an end or an error it is not called again.
+    pub(super) async fn next(&mut self) -> Result<Step, ControllerError> {
+        loop {
+            if let Some(step) = self.try_next()? {
+                return Ok(step);
+            }
+            let (at, limit) = self.timers.next();
+            if self.armed != Some(at) {
+                self.sleep.as_mut().reset(at);
+                self.armed = Some(at);
+            }
+            match &mut self.stage {
+                Stage::Unsent => {
+                    let send: BoxFuture<'_, _> = self.transport.send(self.outgoing.clone());
+                    let sent = tokio::select! {
+                        biased;
+                        sent = send => sent,
+                        () = self.cut.cancelled() => Err(cut_off()),
+                        () = &mut self.sleep => Err(self.timers.passed(limit)),
+                    };
+                    match sent {
+                        Ok(mailbox) => self.stage = Stage::Running(mailbox),
+                        Err(error) => return Err(self.failed(error)),
+                    }
+                }
+                Stage::Running(mailbox) => {
+                    let delivery = tokio::select! {
+                        biased;
+                        delivery = mailbox.recv() => delivery,
+                        () = self.gone.cancelled() => {
+                            let error = self.offline();
+                            return Err(self.failed(error));
+                        }
+                        () = self.cut.cancelled() => return Err(self.failed(cut_off())),
+                        () = &mut self.sleep => {
+                            let error = self.timers.passed(limit);
+                            return Err(self.failed(error));
+                        }
+                    };
+                    if let Some(step) = self.take(delivery)? {
+                        return Ok(step);
+                    }
+                }
+                Stage::Over => return Err(self.failed(defect("an attempt was asked after its end"))),
+            }
+        }
+    }
+
+    /// What is there already.
+    pub(super) fn try_next(&mut self) -> Result<Option<Step>, ControllerError> {
+        while let Stage::Running(mailbox) = &mut self.stage {
+            let Some(delivery) = mailbox.try_recv() else { break };
+            if let Some(step) = self.take(Some(delivery))? {
+                return Ok(Some(step));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Ends it well. Everything that it held is free before this returns.
+    pub(super) fn succeed(mut self, now: Instant) {
+        self.close();
+        if let Some(lease) = self.lease.take() {
+            lease.end(Outcome::Success, now);
+        }
+    }
+
+    /// Ends it with an error; true when that opened the worker's breaker. Everything that it held is free, and the worker
+    /// has been told, before this returns.
+    pub(super) fn fail(mut self, error: &ControllerError, now: Instant) -> bool {
+        self.close();
+        let blameless = error.code() == ControllerErrorCode::WorkerTimeout
+            && self.timers.shortened_by_caller()
+            && self.is_requests_own_end(error);
+        let outcome = if blameless { Outcome::Ignored } else { Outcome::Failure(error.code()) };
+        self.lease.take().is_some_and(|lease| lease.end(outcome, now))
+    }
+
+    fn take(&mut self, delivery: Option<Delivery>) -> Result<Option<Step>, ControllerError> {
+        let reply = match delivery {
+            Some(Delivery::Reply(reply)) => reply,
+            Some(Delivery::Failed(error)) => {
+                // Nobody listens, or nobody can be told.
+                if error.context().contains_key("noResponders") {
+                    self.stage = Stage::Over;
+                }
+                return Err(self.failed(error));
+            }
+            None => return Err(self.failed(protocol_error("its answer was lost"))),
+        };
+        match reply {
+            Reply::Accepted { .. } => {
+                self.dropped += u64::from(std::mem::replace(&mut self.accepted, true) || self.has_begun());
+                self.timers.heard();
+                Ok(None)
+            }
+            Reply::Token(token) => self.take_token(token).map(Some),
+            Reply::Done(finish) => {
+                self.stage = Stage::Over;
+                Ok(Some(Step::End(finish)))
+            }
+            Reply::Response { text, finish, logprobs } => {
+                if self.has_begun() {
+                    return Err(self.failed(protocol_error("a response came after tokens")));
+                }
+                self.stage = Stage::Over;
+                Ok(Some(Step::Whole(Whole { text, finish, logprobs })))
+            }
+            Reply::Error { message, code, retry_after_ms } => {
+                self.stage = Stage::Over;
+                let error = self.workers_own(message, code.as_deref(), retry_after_ms);
+                Err(self.failed(error))
+            }
+        }
+    }
+
+    fn take_token(&mut self, token: Token) -> Result<Step, ControllerError> {
+        if token.index != self.expected {
+            let error = protocol_error("its tokens came out of order").with("index", token.index).with("expected", self.expected);
+            return Err(self.failed(error));
+        }
+        let now = Instant::now();
+        if self.expected == 0
+            && let Some(lease) = &self.lease
+        {
+            lease.first_token(now.saturating_duration_since(self.sent), now);
+        }
+        self.expected += token.width();
+        self.timers.token(now);
+        Ok(Step::Token(token))
+    }
+
+    fn workers_own(&self, message: String, code: Option<&str>, retry_after_ms: Option<i64>) -> ControllerError {
+        let code = match ControllerErrorCode::from_worker(code) {
+            // Nobody told it to stop.
+            ControllerErrorCode::Cancelled => ControllerErrorCode::WorkerUnavailable,
+            code => code,
+        };
+        let message = if message.is_empty() { "the worker gave no reason".to_owned() } else { message };
+        let error = ControllerError::new(code, message);
+        let error = match code {
+            // A worker drops by itself what is past its deadline.
+            ControllerErrorCode::WorkerTimeout => error.with("limit", Limit::Total.as_str()),
+            _ => error,
+        };
+        match retry_after_ms {
+            Some(after) => error.with("retryAfterMs", after),
+            None => error,
+        }
+    }
+
+    fn offline(&self) -> ControllerError {
+        ControllerError::new(
+            ControllerErrorCode::WorkerOffline,
+            "the worker is gone: silent for too long, or replaced by a new start",
+        )
+    }
+
+    /// The error with what is known here.
+    fn failed(&self, error: ControllerError) -> ControllerError {
+        error.or_with("workerId", &self.outgoing.worker)
+    }
+
+    /// Tells the worker to stop, if it may still be at it, and lets go of the replies.
+    fn close(&mut self) {
+        if let Stage::Running(_) = std::mem::replace(&mut self.stage, Stage::Over) {
+            self.transport.cancel(&self.outgoing.worker, &self.outgoing.request.request_id, self.outgoing.attempt);
+        }
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn protocol_error(what: &str) -> ControllerError {
+    ControllerError::new(ControllerErrorCode::WorkerUnavailable, format!("the worker broke the protocol: {what}"))
+        .with("protocolError", what)
+}
+
+fn cut_off() -> ControllerError {
+    ControllerError::new(ControllerErrorCode::ControllerNotReady, "the controller stopped before the request was finished")
+}
+
+fn defect(what: &str) -> ControllerError {
+    ControllerError::new(ControllerErrorCode::InternalError, what)
+}

@@ -1,0 +1,483 @@
+//! One request, from its arrival to its end: who is asked, who is asked next, and what the caller is told.
+//!
+//! It promises one end for each request, with everything given back and everything recorded before the caller sees it.
+//! What happens within an attempt is the attempt's business; who is chosen, the routing room's.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::answer::Answer;
+use super::attempt::Attempt;
+use super::controller::CallOptions;
+use super::core::{Core, not_ready};
+use super::limits::{Deadline, Limit, Mode, timeout};
+use super::retry::Next;
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::routing::{Lease, Query, Refusal};
+use crate::telemetry::{LeftOut, RequestMetadata, RequestRecord};
+use crate::transport::Outgoing;
+use crate::wire::{Finish, InferenceRequest, Json, WorkerId};
+
+/// An active request.
+pub(super) struct Call {
+    core: Arc<Core>,
+    mode: Mode,
+    request: Arc<InferenceRequest>,
+    options: CallOptions,
+    deadline: Deadline,
+    started: Instant,
+    /// The model that the caller named.
+    asked_model: Box<str>,
+    /// Fallback models that have been turned to.
+    fallbacks: usize,
+    attempts: u32,
+    failed: Vec<Failed>,
+    first_worker: Option<WorkerId>,
+    /// What each attempt met, for the error's context.
+    met: Vec<Value>,
+    last: Option<ControllerError>,
+    first_token: Option<Duration>,
+    record: RequestRecord,
+    ended: bool,
+}
+
+/// A worker that failed this request.
+struct Failed {
+    worker: WorkerId,
+    timed_out: bool,
+    /// Until when it wants no further request.
+    hold: Option<Instant>,
+}
+
+// === impl Call ===
+
+impl Call {
+    /// Takes a request on.
+    ///
+    /// # Errors
+    /// CONTROLLER_NOT_READY, REQUEST_VALIDATION_FAILED, INVALID_SESSION_ID.
+    pub(super) fn open(
+        core: &Arc<Core>,
+        request: Arc<InferenceRequest>,
+        options: CallOptions,
+        mode: Mode,
+    ) -> Result<Self, ControllerError> {
+        if !core.is_ready() {
+            return Err(not_ready(core.state()));
+        }
+        let stream = mode == Mode::Streaming;
+        let request = if request.stream == stream && !request.request_id.is_empty() {
+            request
+        } else {
+            let mut request = Arc::unwrap_or_clone(request);
+            request.stream = stream;
+            if request.request_id.is_empty() {
+                request.request_id = core.new_id();
+            }
+            Arc::new(request)
+        };
+        request.validate()?;
+        let started = Instant::now();
+        let deadline = core.limits.deadline(mode, options.timeout, started);
+        let record = core.requests.begin(&request, started)?;
+        Ok(Self {
+            core: core.clone(),
+            mode,
+            options,
+            deadline,
+            started,
+            asked_model: request.model_id.as_str().into(),
+            request,
+            fallbacks: 0,
+            attempts: 0,
+            failed: Vec::new(),
+            first_worker: None,
+            met: Vec::new(),
+            last: None,
+            first_token: None,
+            record,
+            ended: false,
+        })
+    }
+
+    pub(super) fn request(&self) -> &Arc<InferenceRequest> {
+        &self.request
+    }
+
+    /// The next attempt, not sent yet.
+    ///
+    /// # Errors
+    /// Why there is none; the request has ended with it.
+    pub(super) async fn attempt(&mut self) -> Result<Attempt, ControllerError> {
+        loop {
+            match self.lease().await {
+                Ok(lease) => return Ok(self.begin(lease)),
+                Err(error) if self.turn_to_fallback(error.code()) => {}
+                Err(error) => return Err(self.give_up(error)),
+            }
+        }
+    }
+
+    /// An attempt failed: returns when the next one may be made.
+    ///
+    /// # Errors
+    /// What the caller is told; the request has ended with it.
+    pub(super) async fn failed(&mut self, attempt: Attempt, error: ControllerError) -> Result<(), ControllerError> {
+        let over = attempt.is_requests_own_end(&error);
+        let error = self.attempt_failed(attempt, error);
+        if over || self.options.worker_id.is_some() {
+            return Err(self.give_up(error));
+        }
+        let now = Instant::now();
+        let delay = match self.core.next(&error, self.attempts) {
+            Next::Surface => return Err(self.give_up(error)),
+            Next::Exhausted => {
+                let told = ControllerError::new(
+                    ControllerErrorCode::AllRetriesExhausted,
+                    format!("{} attempts failed, the last one with {}: {}", self.attempts, error.code(), error.message()),
+                );
+                return Err(self.give_up(told.caused_by(error)));
+            }
+            Next::After(delay) => delay,
+        };
+        if !self.core.budgets.lock().take(&self.request.model_id, error.code(), now) {
+            return Err(self.give_up(error.with("retryBudgetExhausted", true)));
+        }
+        if now + delay >= self.deadline.at {
+            let told =
+                timeout(Limit::Total, "no time is left for another attempt; the request was not finished", self.deadline.span);
+            return Err(self.give_up(told.caused_by(error)));
+        }
+        let code = error.code();
+        self.core.metrics.retry(code);
+        let (request_id, worker_id) = (&*self.request.request_id, self.failed.last().map(|failed| failed.worker.as_str()));
+        tracing::warn!(
+            request_id,
+            worker_id,
+            code = code.as_str(),
+            attempt = self.attempts,
+            "attempt failed, another worker is tried"
+        );
+        self.last = Some(error);
+        if !delay.is_zero() {
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = self.core.cut.cancelled() => return Err(self.give_up(not_ready(self.core.state()))),
+            }
+        }
+        Ok(())
+    }
+
+    /// The first token came.
+    pub(super) fn first_token(&mut self) {
+        let now = Instant::now();
+        if self.first_token.is_none() {
+            self.first_token = Some(now.saturating_duration_since(self.started));
+            self.record.first_token(now);
+        }
+    }
+
+    /// So many more tokens were delivered.
+    pub(super) fn tokens(&self, count: u64) {
+        self.record.tokens(count);
+    }
+
+    /// The answer is complete.
+    pub(super) fn complete(&mut self, attempt: Attempt, finish: Finish, text: String, logprobs: Option<Json>) -> Answer {
+        let now = Instant::now();
+        let worker_id = attempt.worker().clone();
+        let core = self.core.clone();
+        core.metrics.dropped_replies(attempt.dropped());
+        attempt.succeed(now);
+        core.metrics.attempt_ended(&worker_id, None);
+        if let Some(previous) = self.first_worker.as_ref().filter(|first| **first != worker_id) {
+            core.events.failover(&self.request.request_id, &worker_id, previous);
+        }
+        core.metrics.tokens(Some(&self.request.model_id), &finish.usage);
+        let metadata = self.end(Ok(()), now);
+        tracing::info!(
+            request_id = &*self.request.request_id,
+            worker_id = worker_id.as_str(),
+            duration_ms = metadata.duration_ms,
+            attempts = self.attempts,
+            tokens = metadata.tokens,
+            "request completed"
+        );
+        Answer {
+            request_id: self.request.request_id.clone(),
+            model_id: self.request.model_id.clone(),
+            worker_id,
+            text,
+            finish_reason: finish.reason,
+            usage: finish.usage,
+            tool_calls: finish.tool_calls,
+            logprobs,
+            metadata,
+        }
+    }
+
+    /// The stream broke after tokens were delivered.
+    pub(super) fn interrupted(&mut self, attempt: Attempt, error: ControllerError) -> ControllerError {
+        let error = self.attempt_failed(attempt, error);
+        let told = ControllerError::new(
+            ControllerErrorCode::StreamInterrupted,
+            format!("the stream broke after tokens were delivered: {}", error.message()),
+        )
+        .with("cause", error.code().as_str());
+        self.give_up(told.caused_by(error))
+    }
+
+    /// Chooses a worker, waiting for a place where all are full.
+    async fn lease(&mut self) -> Result<Lease, ControllerError> {
+        let mut ticket = None;
+        loop {
+            let now = Instant::now();
+            let line = match &self.options.worker_id {
+                Some(id) => Cow::Owned(format!("@{id}")),
+                None => Cow::Borrowed(self.request.model_id.as_str()),
+            };
+            let refusal = if ticket.is_none() && self.core.admission.is_waiting(&line) {
+                Refusal::Full
+            } else {
+                match self.select(now) {
+                    Ok(lease) => return Ok(lease),
+                    Err(refusal) => refusal,
+                }
+            };
+            if refusal != Refusal::Full {
+                if self.revisit(&refusal, now).await? {
+                    continue;
+                }
+                return Err(self.refused(refusal));
+            }
+            let waiting = match &ticket {
+                Some(ticket) => ticket,
+                None => {
+                    let joined = self.core.admission.join(&line, self.request.priority, self.deadline.at, now)?;
+                    joined.nudge();
+                    ticket.insert(joined)
+                }
+            };
+            tokio::select! {
+                turn = waiting.turn() => turn?,
+                () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
+            }
+        }
+    }
+
+    fn select(&self, now: Instant) -> Result<Lease, Refusal> {
+        let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
+        self.core.router.select(&self.query(&exclude), now)
+    }
+
+    fn query<'a>(&'a self, exclude: &'a [WorkerId]) -> Query<'a> {
+        Query {
+            model_id: &self.request.model_id,
+            session_id: self.request.session_id.as_deref(),
+            exclude,
+            worker_id: self.options.worker_id.as_deref(),
+        }
+    }
+
+    /// With nobody else left and `revisitFailedWorkers`, lets those who failed without a timeout be asked again; waits for
+    /// the first of them that wants to be left alone for a while.
+    async fn revisit(&mut self, refusal: &Refusal, now: Instant) -> Result<bool, ControllerError> {
+        let forgivable = |failed: &Failed| !failed.timed_out;
+        if !self.core.retry.revisit || !matches!(refusal, Refusal::AllTried { .. }) || !self.failed.iter().any(forgivable) {
+            return Ok(false);
+        }
+        let soonest = self.failed.iter().filter(|failed| forgivable(failed)).map(|failed| failed.hold.unwrap_or(now)).min();
+        let soonest = soonest.unwrap_or(now);
+        if soonest >= self.deadline.at {
+            return Ok(false);
+        }
+        tokio::select! {
+            () = tokio::time::sleep_until(soonest) => {}
+            () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
+        }
+        self.failed.retain(|failed| failed.timed_out || failed.hold.is_some_and(|hold| hold > soonest));
+        Ok(true)
+    }
+
+    fn begin(&mut self, lease: Lease) -> Attempt {
+        let now = Instant::now();
+        self.attempts += 1;
+        let worker = lease.worker_id().clone();
+        if self.attempts == 1 {
+            self.core.budgets.lock().request(&self.request.model_id, now);
+            self.first_worker = Some(worker.clone());
+        }
+        let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
+        let left_out = lease.left_out(&self.query(&exclude), now);
+        let left_out = left_out.into_iter().map(|(worker_id, why)| LeftOut { worker_id, reason: why.as_str().into() }).collect();
+        self.record.attempt_started(&worker, lease.choice().as_str(), left_out, now);
+        tracing::debug!(
+            request_id = &*self.request.request_id,
+            worker_id = worker.as_str(),
+            choice = lease.choice().as_str(),
+            attempt = self.attempts,
+            "worker selected"
+        );
+        let loading = lease.is_loading(&self.request.model_id);
+        let timers = self.core.limits.timers(self.mode, loading, self.deadline, now);
+        let outgoing = Outgoing {
+            worker,
+            request: self.request.clone(),
+            attempt: self.attempts,
+            timeout: timers.left(now),
+            traceparent: self.options.traceparent.clone(),
+        };
+        let transport = self.core.transport(lease.carrier());
+        Attempt::new(transport, lease, outgoing, timers, self.core.cut.clone(), now)
+    }
+
+    /// Gives back what the attempt held, and notes what it met.
+    fn attempt_failed(&mut self, attempt: Attempt, error: ControllerError) -> ControllerError {
+        let now = Instant::now();
+        let worker = attempt.worker().clone();
+        self.core.metrics.dropped_replies(attempt.dropped());
+        let tripped = attempt.fail(&error, now);
+        self.core.metrics.attempt_ended(&worker, Some(error.code()));
+        self.record.attempt_ended(Some(error.code()), now);
+        if tripped {
+            self.record.breaker_tripped();
+        }
+        self.met.push(json!({"workerId": worker.as_str(), "code": error.code(), "message": error.message()}));
+        let hold =
+            error.retry_after_ms().and_then(|after| u64::try_from(after).ok()).map(|after| now + Duration::from_millis(after));
+        self.failed.push(Failed { worker, timed_out: error.code() == ControllerErrorCode::WorkerTimeout, hold });
+        error
+    }
+
+    /// Goes on with the next fallback model, where there is one and an attempt is left.
+    fn turn_to_fallback(&mut self, code: ControllerErrorCode) -> bool {
+        let turns = matches!(
+            code,
+            ControllerErrorCode::ModelNotFound | ControllerErrorCode::NoWorkersAvailable | ControllerErrorCode::NoHealthyWorkers
+        );
+        if !turns || self.options.worker_id.is_some() || self.attempts >= self.core.retry.attempts() {
+            return false;
+        }
+        let fallbacks = self.core.config.request_routing.fallback_models.get(&*self.asked_model);
+        let Some(next) = fallbacks.and_then(|models| models.get(self.fallbacks)) else { return false };
+        self.fallbacks += 1;
+        let request = InferenceRequest { model_id: next.clone(), ..(*self.request).clone() };
+        self.request = Arc::new(request);
+        self.failed.clear();
+        true
+    }
+
+    fn refused(&mut self, refusal: Refusal) -> ControllerError {
+        let model = &self.request.model_id;
+        let named = self.options.worker_id.as_deref().unwrap_or_default();
+        let millis = |after: Duration| u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        let error = |code, message: String| ControllerError::new(code, message);
+        let error = match refusal {
+            Refusal::NoWorkers => error(
+                ControllerErrorCode::NoWorkersAvailable,
+                "no worker is online; start one, or wait for one to register".into(),
+            )
+            .with("totalWorkers", self.core.workers_known())
+            .with("healthyWorkers", 0)
+            .with("excludedWorkers", 0),
+            Refusal::ModelNotFound if self.options.worker_id.is_some() => {
+                error(ControllerErrorCode::ModelNotFound, format!("worker {named} does not serve this model"))
+            }
+            Refusal::ModelNotFound => {
+                let served = self.core.router.models();
+                let shown = served.iter().take(16).map(String::as_str).collect::<Vec<_>>().join(", ");
+                error(ControllerErrorCode::ModelNotFound, format!("no online worker serves this model; served are: {shown}"))
+            }
+            Refusal::NoHealthyWorkers { retry_after } => error(
+                ControllerErrorCode::NoHealthyWorkers,
+                "every worker that serves this model failed lately; its breaker is open".into(),
+            )
+            .with("retryAfterMs", millis(retry_after).max(1))
+            .with("totalWorkers", self.core.router.serving(model))
+            .with("healthyWorkers", 0),
+            Refusal::AllTried { total, healthy, excluded } => {
+                let message = match &self.last {
+                    Some(last) => format!(
+                        "nobody is left to try; the last of {} attempts failed with {}: {}",
+                        self.attempts,
+                        last.code(),
+                        last.message()
+                    ),
+                    None => "nobody is left to try".into(),
+                };
+                error(ControllerErrorCode::NoWorkersAvailable, message)
+                    .with("totalWorkers", total)
+                    .with("healthyWorkers", healthy)
+                    .with("excludedWorkers", excluded)
+            }
+            Refusal::WorkerOffline => error(
+                ControllerErrorCode::WorkerOffline,
+                "the worker that was named is not online; leave it out to have one chosen".into(),
+            ),
+            Refusal::CircuitOpen { retry_after } => {
+                error(ControllerErrorCode::CircuitBreakerOpen, format!("the circuit breaker of worker {named} is open"))
+                    .with("retryAfterMs", millis(retry_after).max(1))
+            }
+            // Waited for, never told.
+            Refusal::Full => error(ControllerErrorCode::QueueFull, "every worker is busy".into()),
+        };
+        let error = if self.options.worker_id.is_some() { error.with("workerId", named) } else { error };
+        match self.last.take() {
+            Some(last) => error.caused_by(last),
+            None => error,
+        }
+    }
+
+    /// Ends the request with an error, and gives the error as the caller sees it.
+    fn give_up(&mut self, error: ControllerError) -> ControllerError {
+        let mut error = error.or_with("requestId", &*self.request.request_id).or_with("modelId", &*self.request.model_id);
+        if !self.met.is_empty() {
+            error = error.with("attempts", std::mem::take(&mut self.met));
+        }
+        let metadata = self.end(Err(&error), Instant::now());
+        tracing::error!(
+            request_id = &*self.request.request_id,
+            worker_id = metadata.selected_worker.as_deref(),
+            code = error.code().as_str(),
+            duration_ms = metadata.duration_ms,
+            attempts = self.attempts,
+            "request failed: {}",
+            error.message()
+        );
+        error
+    }
+
+    /// Closes the books. What is recorded is final before the caller hears of it.
+    fn end(&mut self, result: Result<(), &ControllerError>, now: Instant) -> RequestMetadata {
+        self.ended = true;
+        let metadata = self.record.finish(result, now);
+        self.tell_end(result.err().map(ControllerError::code), now);
+        metadata
+    }
+
+    fn tell_end(&self, code: Option<ControllerErrorCode>, now: Instant) {
+        // Names that callers invent are no labels.
+        let model = (self.attempts > 0).then_some(&*self.request.model_id);
+        let duration = now.saturating_duration_since(self.started);
+        self.core.metrics.request_ended(model, code, duration, self.first_token);
+        self.core.ended.notify_waiters();
+    }
+}
+
+/// The caller went away.
+impl Drop for Call {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let now = Instant::now();
+        let gone = ControllerError::new(ControllerErrorCode::Cancelled, "the caller went away");
+        self.record.finish(Err(&gone), now);
+        self.tell_end(Some(gone.code()), now);
+        tracing::info!(request_id = &*self.request.request_id, "request cancelled: its caller went away");
+    }
+}

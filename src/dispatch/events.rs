@@ -1,0 +1,145 @@
+//! What happens, for those who watch: a bounded ring. A slow reader loses the oldest, and is told how many.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::epoch_ms;
+use crate::routing::RouterEvent;
+use crate::telemetry::Metrics;
+use crate::wire::WorkerId;
+
+/// Events that wait for a reader at most.
+const CAPACITY: usize = 1_024;
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// `worker_registered`, `worker_replaced`, `worker_offline`, `worker_removed`, `worker_draining`, `breaker_changed`,
+    /// `session_moved`, `failover`.
+    pub kind: &'static str,
+    /// The worker that it concerns.
+    pub worker_id: Option<WorkerId>,
+    /// When, in milliseconds since the epoch.
+    pub timestamp_ms: u64,
+    /// The facts, under camelCase keys.
+    pub details: Map<String, Value>,
+    /// How many events this reader missed right before this one.
+    pub lost: u64,
+}
+
+/// A reader of events.
+pub struct Events {
+    receiver: broadcast::Receiver<Event>,
+    metrics: Arc<Metrics>,
+    over: CancellationToken,
+}
+
+/// Where events are told.
+#[derive(Clone)]
+pub(super) struct Teller {
+    sender: broadcast::Sender<Event>,
+    metrics: Arc<Metrics>,
+    over: CancellationToken,
+}
+
+// === impl Events ===
+
+impl Events {
+    /// The next event; none when the controller has stopped.
+    pub async fn next(&mut self) -> Option<Event> {
+        let mut lost = 0;
+        loop {
+            let received = tokio::select! {
+                biased;
+                received = self.receiver.recv() => received,
+                () = self.over.cancelled() => return None,
+            };
+            match received {
+                Ok(event) => return Some(Event { lost, ..event }),
+                Err(RecvError::Lagged(missed)) => {
+                    self.metrics.events_lost(missed);
+                    lost += missed;
+                }
+                Err(RecvError::Closed) => return None,
+            }
+        }
+    }
+}
+
+// === impl Teller ===
+
+impl Teller {
+    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
+        Self { sender: broadcast::Sender::new(CAPACITY), metrics, over: CancellationToken::new() }
+    }
+
+    pub(super) fn reader(&self) -> Events {
+        Events { receiver: self.sender.subscribe(), metrics: self.metrics.clone(), over: self.over.clone() }
+    }
+
+    /// Readers get what is there, and then the end.
+    pub(super) fn close(&self) {
+        self.over.cancel();
+    }
+
+    /// Another worker answered than the one that was asked first.
+    pub(super) fn failover(&self, request_id: &str, worker: &WorkerId, previous: &WorkerId) {
+        self.metrics.failover();
+        self.tell("failover", worker, json!({"requestId": request_id, "previous": previous.as_str()}));
+    }
+
+    /// The routing room's observer: counts, logs and hands on.
+    pub(super) fn observe(&self, event: RouterEvent) {
+        match event {
+            RouterEvent::WorkerRegistered { worker_id, incarnation, models } => {
+                tracing::info!(%worker_id, ?models, "worker registered");
+                self.tell("worker_registered", &worker_id, json!({"incarnation": incarnation, "models": models}));
+            }
+            RouterEvent::WorkerReplaced { worker_id, incarnation, previous } => {
+                tracing::warn!(%worker_id, incarnation, previous, "a new start of this worker, or another one of its name, took its place");
+                self.tell("worker_replaced", &worker_id, json!({"incarnation": incarnation, "previous": previous}));
+            }
+            RouterEvent::WorkerOffline { worker_id } => {
+                tracing::warn!(%worker_id, "worker offline: silent for too long");
+                self.tell("worker_offline", &worker_id, json!({}));
+            }
+            RouterEvent::WorkerRemoved { worker_id } => {
+                tracing::info!(%worker_id, "worker forgotten");
+                self.metrics.worker_removed(&worker_id);
+                self.tell("worker_removed", &worker_id, json!({}));
+            }
+            RouterEvent::WorkerDraining { worker_id } => {
+                tracing::info!(%worker_id, "worker draining");
+                self.tell("worker_draining", &worker_id, json!({}));
+            }
+            RouterEvent::BreakerChanged { worker_id, from, to, reason } => {
+                use crate::routing::CircuitState::{ForcedOpen, Open};
+                let (opened, from, to, reason) = (matches!(to, Open | ForcedOpen), from.as_str(), to.as_str(), reason.as_str());
+                if opened {
+                    tracing::warn!(%worker_id, from, to, reason, "circuit breaker opened");
+                } else {
+                    tracing::info!(%worker_id, from, to, reason, "circuit breaker half-open or closed");
+                }
+                self.metrics.breaker_transition(to);
+                self.tell("breaker_changed", &worker_id, json!({"from": from, "to": to, "reason": reason}));
+            }
+            RouterEvent::SessionMoved { worker_id, previous } => {
+                self.tell("session_moved", &worker_id, json!({"previous": previous.as_str()}));
+            }
+        }
+    }
+
+    fn tell(&self, kind: &'static str, worker: &WorkerId, details: Value) {
+        if self.sender.receiver_count() == 0 {
+            return;
+        }
+        let details = if let Value::Object(details) = details { details } else { Map::new() };
+        let event = Event { kind, worker_id: Some(worker.clone()), timestamp_ms: epoch_ms(), details, lost: 0 };
+        // An error means that the last reader has just gone.
+        let _ = self.sender.send(event);
+    }
+}

@@ -1,0 +1,168 @@
+//! Who comes and goes: messages of workers reach the registry, and the controller gives signs of itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::controller::ControllerState;
+use super::core::{Core, not_ready};
+use crate::error::{ControllerError, epoch_ms};
+use crate::routing::{Carrier, HeartbeatVerdict, IgnoredBecause, Registered};
+use crate::transport::LocalPort;
+use crate::transport::nats::{Incoming, NatsConnection, Subscription};
+use crate::wire::{ControllerNotice, Deregistration, Heartbeat, Registration, WorkerStatus, subject};
+
+/// Subscribes to everything that workers say of themselves: one subscription, so that it arrives in order.
+pub(super) async fn subscribe(connection: &NatsConnection) -> Result<Subscription, ControllerError> {
+    let messages = connection.subscribe(subject::membership(connection.prefix())).await?;
+    // Known to the server before anybody is asked to register.
+    connection.flush().await?;
+    Ok(messages)
+}
+
+/// Hands every message to the registry, until the connection is closed.
+pub(super) async fn listen(core: Arc<Core>, connection: NatsConnection, mut messages: Subscription) {
+    let register = subject::register(connection.prefix());
+    let heartbeat = subject::heartbeat(connection.prefix());
+    let deregister = subject::deregister(connection.prefix());
+    while let Some(message) = messages.next().await {
+        let now = Instant::now();
+        if message.subject == heartbeat {
+            if let Some(beat) = read::<Heartbeat>(&message) {
+                heard(&core, &connection, &beat, now).await;
+            }
+        } else if message.subject == register {
+            if let Some(registration) = read::<Registration>(&message) {
+                registered(&core, &registration, now);
+            }
+        } else if message.subject == deregister
+            && let Some(gone) = read::<Deregistration>(&message)
+        {
+            core.router.deregister(&gone.worker_id, now);
+        }
+    }
+}
+
+/// Gives a sign of life every so often, so that workers go on with this controller's requests.
+pub(super) async fn announce(core: Arc<Core>, connection: NatsConnection) {
+    let to = subject::controller_heartbeat(connection.prefix());
+    let mut beats = tokio::time::interval(interval(&core));
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        beats.tick().await;
+        // While the connection is down nobody can be told.
+        let _ = connection.publish(to.clone(), notice(&core)).await;
+    }
+}
+
+/// Asks every worker to register.
+pub(super) async fn hello(core: &Core, connection: &NatsConnection) -> Result<(), ControllerError> {
+    connection.publish(subject::controller_hello(connection.prefix()), notice(core)).await
+}
+
+/// While our own connection is down silence says nothing; when it is back everybody is asked to register again.
+pub(super) async fn watch_link(core: Arc<Core>, connection: NatsConnection) {
+    let mut link = connection.link();
+    let mut connects = 1;
+    loop {
+        let Ok(state) = link.wait_for(|link| !link.connected || link.connects > connects).await.map(|state| *state) else {
+            return;
+        };
+        if !state.connected {
+            tracing::warn!(controller_id = &*core.id, "the connection to NATS is down");
+            core.router.freeze(Instant::now());
+            if link.wait_for(|link| link.connected).await.is_err() {
+                return;
+            }
+        } else {
+            // Down and up again between two looks.
+            core.router.freeze(Instant::now());
+        }
+        connects = link.borrow_and_update().connects;
+        tracing::info!(controller_id = &*core.id, "the connection to NATS is back");
+        core.router.thaw(Instant::now());
+        let _ = hello(&core, &connection).await;
+    }
+}
+
+/// Adds a worker of this process.
+pub(super) fn attach_local(core: &Arc<Core>, registration: &Registration) -> Result<LocalPort, ControllerError> {
+    if core.state() >= ControllerState::Draining {
+        return Err(not_ready(core.state()));
+    }
+    let id = &registration.worker_id;
+    let taken = || {
+        ControllerError::validation("worker_id", format!("{id} is the name of a worker that is here already; give each its own"))
+    };
+    let now = Instant::now();
+    if core.router.worker(id, now).is_some_and(|worker| worker.status != WorkerStatus::Offline) {
+        return Err(taken());
+    }
+    let port = core.hub.attach(id).ok_or_else(taken)?;
+    if let Registered::Ignored(why) = core.router.register(registration, Carrier::Local, now) {
+        return Err(match why {
+            IgnoredBecause::FleetFull => ControllerError::validation(
+                "worker_id",
+                format!("the fleet has controller.maxWorkers ({}) workers already", core.config.controller.max_workers),
+            ),
+            IgnoredBecause::Superseded | IgnoredBecause::Deregistered => taken(),
+        });
+    }
+    let (core, id, incarnation) = (Arc::downgrade(core), id.clone(), registration.incarnation.clone());
+    Ok(port.on_detach(move || {
+        let Some(core) = core.upgrade() else { return };
+        // Not another one of the same name that has come since.
+        if core.router.worker(&id, Instant::now()).is_some_and(|worker| worker.incarnation == incarnation) {
+            core.router.remove(&id);
+        }
+    }))
+}
+
+async fn heard(core: &Core, connection: &NatsConnection, beat: &Heartbeat, now: Instant) {
+    if beat.incarnation.is_empty() {
+        return; // the older dialect
+    }
+    let is_ours = |id: &str| core.requests.is_active(id);
+    if core.router.heartbeat(beat, &is_ours, now) == HeartbeatVerdict::Unknown {
+        let _ = connection.publish(subject::reregister(connection.prefix(), &beat.worker_id), Bytes::new()).await;
+    }
+}
+
+fn registered(core: &Core, registration: &Registration, now: Instant) {
+    let worker_id = registration.worker_id.as_str();
+    if registration.protocol.is_none() || registration.incarnation.is_empty() {
+        tracing::warn!(worker_id, "a worker of the older dialect registered; this version does not speak it, and leaves it out");
+        return;
+    }
+    if let Registered::Ignored(IgnoredBecause::FleetFull) = core.router.register(registration, Carrier::Nats, now) {
+        tracing::warn!(
+            worker_id,
+            max_workers = core.config.controller.max_workers,
+            "no room for another worker: controller.maxWorkers"
+        );
+    }
+}
+
+/// A message; nothing where it cannot be read, or names a worker that could be no part of a subject.
+fn read<T: DeserializeOwned>(message: &Incoming) -> Option<T> {
+    serde_json::from_slice(&message.payload)
+        .inspect_err(|error| tracing::debug!(subject = message.subject, %error, "a membership message was dropped"))
+        .ok()
+}
+
+fn notice(core: &Core) -> Bytes {
+    let notice = ControllerNotice {
+        controller_id: core.id.to_string(),
+        heartbeat_interval_ms: core.config.discovery.heartbeat_interval_ms,
+        timestamp: epoch_ms(),
+    };
+    // Texts and numbers: it cannot fail to be written.
+    serde_json::to_vec(&notice).unwrap_or_default().into()
+}
+
+fn interval(core: &Core) -> Duration {
+    Duration::from_millis(core.config.discovery.heartbeat_interval_ms)
+}

@@ -1,0 +1,134 @@
+//! An answer as it comes: tokens in order, a commit point, one end.
+
+use super::answer::{Answer, Logprobs};
+use super::attempt::{Attempt, Step, Whole};
+use super::call::Call;
+use crate::error::ControllerError;
+use crate::wire::{Finish, Token, WorkerId};
+
+/// An answer as it comes. Dropping it before its end cancels the work on the worker.
+pub struct TokenStream {
+    // Before the call: what the attempt holds is free before the request's record ends.
+    attempt: Option<Attempt>,
+    call: Call,
+    worker_id: WorkerId,
+    /// What is there and has not been given out.
+    ready: Vec<Token>,
+    text: String,
+    outcome: Option<Result<Answer, ControllerError>>,
+}
+
+// === impl TokenStream ===
+
+impl TokenStream {
+    /// Makes attempts until one of them gives a first token, or an answer without any.
+    pub(super) async fn open(mut call: Call) -> Result<Self, ControllerError> {
+        loop {
+            let mut attempt = call.attempt().await?;
+            let worker_id = attempt.worker().clone();
+            match attempt.next().await {
+                Err(error) => call.failed(attempt, error).await?,
+                first => {
+                    let attempt = Some(attempt);
+                    let mut stream = Self { attempt, call, worker_id, ready: Vec::new(), text: String::new(), outcome: None };
+                    stream.follow(first);
+                    return Ok(stream);
+                }
+            }
+        }
+    }
+
+    /// The request.
+    #[must_use]
+    pub fn request_id(&self) -> &str {
+        &self.call.request().request_id
+    }
+
+    /// Who answers.
+    #[must_use]
+    pub fn worker_id(&self) -> &WorkerId {
+        &self.worker_id
+    }
+
+    /// The next tokens: waits for one, and gives all that are there. Empty: the answer is complete, and
+    /// [`Self::response`] has it. Cancel-safe: a dropped future loses no token.
+    ///
+    /// # Errors
+    /// STREAM_INTERRUPTED: the worker failed; the stream is over, and says the same when it is asked again.
+    pub async fn next_batch(&mut self) -> Result<Vec<Token>, ControllerError> {
+        if self.ready.is_empty()
+            && let Some(attempt) = &mut self.attempt
+        {
+            let step = attempt.next().await;
+            self.follow(step);
+        }
+        while let Some(step) = self.attempt.as_mut().and_then(|attempt| attempt.try_next().transpose()) {
+            self.follow(step);
+        }
+        match &self.outcome {
+            Some(Err(error)) if self.ready.is_empty() => Err(error.clone()),
+            _ => Ok(std::mem::take(&mut self.ready)),
+        }
+    }
+
+    /// The whole answer, once the stream is complete.
+    #[must_use]
+    pub fn response(&self) -> Option<&Answer> {
+        self.outcome.as_ref()?.as_ref().ok()
+    }
+
+    fn follow(&mut self, step: Result<Step, ControllerError>) {
+        match step {
+            Ok(Step::Token(token)) => self.take(token),
+            Ok(Step::End(finish)) => self.complete(finish),
+            Ok(Step::Whole(Whole { text, finish, logprobs })) => {
+                if !text.is_empty() {
+                    self.take(Token { text, index: 0, token_ids: Vec::new(), logprobs });
+                }
+                self.complete(finish);
+            }
+            Err(error) => {
+                let Some(attempt) = self.attempt.take() else { return };
+                self.outcome = Some(Err(self.call.interrupted(attempt, error)));
+            }
+        }
+    }
+
+    fn take(&mut self, token: Token) {
+        self.call.first_token();
+        self.call.tokens(token.width());
+        self.text.push_str(&token.text);
+        self.ready.push(token);
+    }
+
+    fn complete(&mut self, finish: Finish) {
+        let Some(attempt) = self.attempt.take() else { return };
+        self.outcome = Some(Ok(self.call.complete(attempt, finish, std::mem::take(&mut self.text), None)));
+    }
+}
+
+/// Makes attempts until one of them gives a whole answer.
+pub(super) async fn gather(mut call: Call) -> Result<Answer, ControllerError> {
+    loop {
+        let mut attempt = call.attempt().await?;
+        let mut text = String::new();
+        let mut logprobs = Logprobs::default();
+        let failed = loop {
+            match attempt.next().await {
+                Ok(Step::Token(token)) => {
+                    call.first_token();
+                    call.tokens(token.width());
+                    text.push_str(&token.text);
+                    logprobs.add(token.logprobs);
+                }
+                Ok(Step::End(finish)) => return Ok(call.complete(attempt, finish, text, logprobs.whole())),
+                Ok(Step::Whole(Whole { text, finish, logprobs })) => {
+                    call.tokens(finish.usage.completion_tokens);
+                    return Ok(call.complete(attempt, finish, text, logprobs));
+                }
+                Err(error) => break error,
+            }
+        };
+        call.failed(attempt, failed).await?;
+    }
+}

@@ -1,0 +1,81 @@
+use mlx_serving_router::wire::Priority;
+
+use super::*;
+
+async fn one_place(routing: Value) -> (Controller, Scripted) {
+    let controller = controller(routing).await;
+    let worker = worker_for(&controller, &registration("w", &["m"], 1), &[Wait(100), Respond("ok")]);
+    (controller, worker)
+}
+
+fn with(priority: Priority, id: &str) -> InferenceRequest {
+    InferenceRequest { priority, ..named(id) }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_fleet_makes_requests_wait_in_their_order() {
+    let (controller, worker) = one_place(json!({})).await;
+    let calls = ["a", "b", "c", "d"].map(|id| controller.buffered(named(id), CallOptions::default()));
+    let started = tokio::time::Instant::now();
+    futures_util::future::try_join_all(calls).await.unwrap();
+    assert_eq!(started.elapsed(), Duration::from_millis(400));
+    let order: Vec<_> = worker.asked.lock().iter().map(|asked| asked.request.request_id.clone()).collect();
+    assert_eq!(order, ["a", "b", "c", "d"]);
+    assert_at_rest(&controller);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_higher_priority_goes_first() {
+    let (controller, worker) = one_place(json!({})).await;
+    let calls = [
+        with(Priority::Normal, "first"),
+        with(Priority::Low, "low"),
+        with(Priority::Normal, "normal"),
+        with(Priority::High, "high"),
+    ]
+    .map(|request| controller.buffered(request, CallOptions::default()));
+    futures_util::future::try_join_all(calls).await.unwrap();
+    let order: Vec<_> = worker.asked.lock().iter().map(|asked| asked.request.request_id.clone()).collect();
+    assert_eq!(order, ["first", "high", "normal", "low"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_queue_refuses_and_sheds_low_priority_first() {
+    let (controller, _worker) = one_place(json!({"admission": {"maxQueue": 1}})).await;
+    let calls = [
+        with(Priority::Normal, "runs"),
+        with(Priority::Low, "shed"),
+        with(Priority::Low, "refused"),
+        with(Priority::High, "waits"),
+    ]
+    .map(|request| controller.buffered(request, CallOptions::default()));
+    let answers = futures_util::future::join_all(calls).await;
+    let codes: Vec<_> = answers.iter().map(|answer| answer.as_ref().err().map(ControllerError::code)).collect();
+    assert_eq!(codes, [None, Some(Code::QueueFull), Some(Code::QueueFull), None]);
+    assert!(answers[2].as_ref().unwrap_err().retry_after_ms().is_some());
+    assert_at_rest(&controller);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_too_long_is_never_dispatched() {
+    let (controller, worker) = one_place(json!({"admission": {"maxWaitMs": 50}})).await;
+    let calls = ["a", "b"].map(|id| controller.buffered(named(id), CallOptions::default()));
+    let answers = futures_util::future::join_all(calls).await;
+    assert!(answers[0].is_ok());
+    assert_eq!(answers[1].as_ref().unwrap_err().code(), Code::QueueFull);
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(worker.asked(), 1);
+    assert_at_rest(&controller);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_leaves_the_queue_holds_up_nobody() {
+    let (controller, worker) = one_place(json!({})).await;
+    let running = controller.buffered(named("a"), CallOptions::default());
+    let leaves = tokio::time::timeout(Duration::from_millis(50), controller.buffered(named("b"), CallOptions::default()));
+    let waits = controller.buffered(named("c"), CallOptions::default());
+    let (a, b, c) = tokio::join!(running, leaves, waits);
+    assert!(a.is_ok() && b.is_err() && c.is_ok());
+    assert_eq!(worker.asked(), 2);
+    assert_at_rest(&controller);
+}
