@@ -12,7 +12,7 @@ use super::core::{Core, not_ready};
 use crate::error::{ControllerError, epoch_ms};
 use crate::routing::{Carrier, HeartbeatVerdict, IgnoredBecause, Registered};
 use crate::transport::LocalPort;
-use crate::transport::nats::{Incoming, NatsConnection, Subscription};
+use crate::transport::nats::{Incoming, Link, NatsConnection, Subscription};
 use crate::wire::{ControllerNotice, Deregistration, Heartbeat, Registration, WorkerStatus, subject};
 
 /// Subscribes to everything that workers say of themselves: one subscription, so that it arrives in order.
@@ -68,18 +68,15 @@ pub(super) async fn watch_link(core: Arc<Core>, connection: NatsConnection) {
     let mut link = connection.link();
     let mut connects = 1;
     loop {
-        let Ok(state) = link.wait_for(|link| !link.connected || link.connects > connects).await.map(|state| *state) else {
+        // The news of the first connection may still be on its way; one that was down and is up again counts as down.
+        let is_news = |link: &Link| link.connects > connects || (link.connects > 0 && !link.connected);
+        if link.wait_for(is_news).await.is_err() {
             return;
-        };
-        if !state.connected {
-            tracing::warn!(controller_id = &*core.id, "the connection to NATS is down");
-            core.router.freeze(Instant::now());
-            if link.wait_for(|link| link.connected).await.is_err() {
-                return;
-            }
-        } else {
-            // Down and up again between two looks.
-            core.router.freeze(Instant::now());
+        }
+        tracing::warn!(controller_id = &*core.id, "the connection to NATS is down");
+        core.router.freeze(Instant::now());
+        if link.wait_for(|link| link.connected).await.is_err() {
+            return;
         }
         connects = link.borrow_and_update().connects;
         tracing::info!(controller_id = &*core.id, "the connection to NATS is back");
