@@ -1,0 +1,191 @@
+//! Rust futures for Python: awaited in an event loop, or waited for in a thread.
+//!
+//! The work runs on the runtime's own threads, which never take the interpreter: an awaiting task is woken through its
+//! event loop ([`super::event_loop`]), and what came of the work becomes a Python object in the loop's own thread. An await
+//! that ends in any other way lets go of its [`Call`], which aborts the work: dropping a future of the core undoes all that
+//! it holds.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use pyo3::conversion::IntoPyObjectExt;
+use pyo3::exceptions::{PyRuntimeError, PyStopIteration};
+use pyo3::prelude::*;
+use pyo3::{PyTraverseError, PyVisit};
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+
+use super::errors;
+use super::event_loop::Waiter;
+use super::runtime::{self, OfProcess};
+use crate::error::ControllerError;
+
+/// How often a thread that waits looks for signals, Ctrl-C among them.
+const SIGNALS_EVERY: Duration = Duration::from_millis(50);
+
+/// Work on the runtime, to be awaited once in the event loop in which it was begun. Dropping it aborts the work.
+#[pyclass(frozen, module = "mlx_serving_router._native")]
+pub(super) struct Call(OfProcess<Inner>);
+
+struct Inner {
+    waiter: Arc<Waiter>,
+    outcome: Arc<dyn Outcome>,
+    work: AbortHandle,
+}
+
+/// Where the work leaves its result.
+struct Slot<T, C>(Mutex<(Option<T>, Option<C>)>);
+
+trait Outcome: Send + Sync {
+    /// The result as a Python object; none while there is none.
+    fn take(&self, py: Python<'_>) -> Option<PyResult<Py<PyAny>>>;
+}
+
+/// Wakes however the work ends: a panic must not leave a task waiting for ever.
+struct WakeAtEnd(Arc<Waiter>);
+
+/// Begins the work, and gives an awaitable for its result in the running event loop. A task that is cancelled while it
+/// awaits aborts the work.
+///
+/// # Errors
+/// `RuntimeError`: no event loop runs in this thread, or the interpreter exits.
+pub(super) fn awaitable<F, T>(py: Python<'_>, future: F) -> PyResult<Bound<'_, PyAny>>
+where
+    F: Future<Output = Result<T, ControllerError>> + Send + 'static,
+    T: for<'py> IntoPyObject<'py> + Send + 'static,
+{
+    awaitable_with(py, future, |py, result| errors::unwrap(py, result)?.into_py_any(py))
+}
+
+/// As [`awaitable`], for work with any result: `convert` makes a Python object of it, or raises, in the loop's thread.
+///
+/// # Errors
+/// As [`awaitable`].
+pub(super) fn awaitable_with<F, C>(py: Python<'_>, future: F, convert: C) -> PyResult<Bound<'_, PyAny>>
+where
+    F: Future<Output: Send> + Send + 'static,
+    C: FnOnce(Python<'_>, F::Output) -> PyResult<Py<PyAny>> + Send + 'static,
+{
+    let process = runtime::current(py)?;
+    let waiter = Waiter::new(py, &process)?;
+    let outcome = Arc::new(Slot(Mutex::new((None, Some(convert)))));
+    let work = process.spawn({
+        let outcome = Arc::clone(&outcome);
+        let end = WakeAtEnd(Arc::clone(&waiter));
+        async move {
+            let result = future.await;
+            outcome.0.lock().0 = Some(result);
+            drop(end);
+        }
+    });
+    let inner = Inner { waiter, outcome, work: work.abort_handle() };
+    Ok(Bound::new(py, Call(OfProcess::new("awaitable", inner)))?.into_any())
+}
+
+/// Waits for the work with the interpreter released; Ctrl-C interrupts it and drops the work. The thread may have an event
+/// loop that runs, as in a notebook: it stands still meanwhile.
+///
+/// # Errors
+/// What the work raises, what a signal's handler raises; `RuntimeError`: the interpreter exits.
+pub(super) fn block_on<F, T>(py: Python<'_>, future: F) -> PyResult<T>
+where
+    F: Future<Output = Result<T, ControllerError>> + Send,
+    T: Send,
+{
+    errors::unwrap(py, block_on_any(py, future)?)
+}
+
+/// As [`block_on`], for work with any result.
+///
+/// # Errors
+/// As [`block_on`].
+pub(super) fn block_on_any<F>(py: Python<'_>, future: F) -> PyResult<F::Output>
+where
+    F: Future<Output: Send> + Send,
+{
+    let process = runtime::current(py)?;
+    if Handle::try_current().is_ok() {
+        return Err(PyRuntimeError::new_err("a thread of the router's own cannot wait"));
+    }
+    let mut future = std::pin::pin!(future);
+    loop {
+        let slice = || process.handle().block_on(async { tokio::time::timeout(SIGNALS_EVERY, future.as_mut()).await });
+        if let Ok(result) = py.detach(slice) {
+            return Ok(result);
+        }
+        py.check_signals()?;
+        // The exit of the interpreter stops the clock that wakes this thread.
+        runtime::current(py)?;
+    }
+}
+
+// === impl Call ===
+
+#[pymethods]
+impl Call {
+    fn __await__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let inner = self.0.get()?;
+        if let Some(result) = inner.outcome.take(py) {
+            return Err(PyStopIteration::new_err((result?,)));
+        }
+        let future = inner.waiter.blocking_future(py)?;
+        future.ok_or_else(|| PyRuntimeError::new_err("the work was given up, or awaited before"))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.0.if_here().map_or(Ok(()), |inner| inner.waiter.traverse(&visit))
+    }
+
+    fn __clear__(&self) {
+        self.give_up();
+    }
+}
+
+impl Call {
+    fn give_up(&self) {
+        if let Some(inner) = self.0.if_here() {
+            inner.work.abort();
+            inner.waiter.forget();
+        }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.give_up();
+    }
+}
+
+// === impl Slot ===
+
+impl<T, C> Outcome for Slot<T, C>
+where
+    T: Send,
+    C: FnOnce(Python<'_>, T) -> PyResult<Py<PyAny>> + Send,
+{
+    fn take(&self, py: Python<'_>) -> Option<PyResult<Py<PyAny>>> {
+        let (result, convert) = {
+            let mut slot = self.0.lock();
+            (slot.0.take()?, slot.1.take()?)
+        };
+        Some(convert(py, result))
+    }
+}
+
+// === impl WakeAtEnd ===
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
+}

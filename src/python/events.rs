@@ -1,0 +1,101 @@
+//! What happens, for Python: `ControllerEvent`, and the reader of them.
+
+use std::sync::Arc;
+
+use pyo3::conversion::IntoPyObjectExt;
+use pyo3::exceptions::PyStopAsyncIteration;
+use pyo3::prelude::*;
+use tokio::sync::Mutex;
+
+use super::runtime::OfProcess;
+use super::{bridge, errors, json};
+use crate::dispatch::{Event, Events};
+
+/// Something that happened.
+#[derive(PartialEq)]
+#[pyclass(frozen, eq, module = "mlx_serving_router._native", name = "ControllerEvent")]
+pub(super) struct PyControllerEvent(Event);
+
+/// What happens from now on, until the controller has stopped. A slow reader loses the oldest events, and the next one tells
+/// how many.
+#[pyclass(frozen, module = "mlx_serving_router._native", name = "ControllerEvents")]
+pub(super) struct PyEvents(OfProcess<Arc<Mutex<Events>>>);
+
+#[pymethods]
+impl PyControllerEvent {
+    /// `worker_registered`, `worker_replaced`, `worker_offline`, `worker_removed`, `worker_draining`, `breaker_changed`,
+    /// `session_moved` or `failover`.
+    #[getter]
+    fn kind(&self) -> &'static str {
+        self.0.kind
+    }
+
+    /// The worker that it concerns.
+    #[getter]
+    fn worker_id(&self) -> Option<&str> {
+        self.0.worker_id.as_deref()
+    }
+
+    /// When, in milliseconds since the epoch.
+    #[getter]
+    fn timestamp(&self) -> u64 {
+        self.0.timestamp_ms
+    }
+
+    /// The facts.
+    #[getter]
+    fn details<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        json::to_python(py, &errors::snake_keys(&self.0.details))
+    }
+
+    /// How many events this reader missed right before this one.
+    #[getter]
+    fn lost(&self) -> u64 {
+        self.0.lost
+    }
+
+    /// Its dictionary, with camelCase keys.
+    fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let Event { kind, worker_id, timestamp_ms, details, lost } = &self.0;
+        json::to_python(
+            py,
+            &serde_json::json!({
+                "kind": kind, "workerId": worker_id, "timestamp": timestamp_ms, "details": details, "lost": lost,
+            }),
+        )
+    }
+
+    fn __hash__(&self) -> u64 {
+        super::hash(&(self.0.kind, &self.0.worker_id, self.0.timestamp_ms))
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let worker = self.0.worker_id.as_ref().map_or("None".to_owned(), |worker| format!("'{worker}'"));
+        let details = self.details(py)?.repr()?;
+        Ok(format!("ControllerEvent(kind='{}', worker_id={worker}, details={details}, lost={})", self.0.kind, self.0.lost))
+    }
+}
+
+#[pymethods]
+impl PyEvents {
+    fn __aiter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __anext__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let events = Arc::clone(self.0.get()?);
+        let next = async move { events.lock().await.next().await };
+        bridge::awaitable_with(py, next, |py, event| match event {
+            Some(event) => PyControllerEvent(event).into_py_any(py),
+            None => Err(PyStopAsyncIteration::new_err(())),
+        })
+    }
+}
+
+// === impl PyEvents ===
+
+impl PyEvents {
+    pub(super) fn new(events: Events) -> Self {
+        Self(OfProcess::new("reader of events", Arc::new(Mutex::new(events))))
+    }
+}

@@ -1,0 +1,132 @@
+//! What one process has one of: the tokio runtime, the event loops that it answers to, the buffer of its logs.
+//!
+//! Made at the first use and remembered with the process id. A forked child has its own: that of the parent is left alone
+//! there, never used and never dropped, since its threads are gone and its locks may be held for ever.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::task::JoinHandle;
+
+use super::event_loop::EventLoops;
+use super::logs::{self, Logs};
+
+/// Requests wait for I/O; the work in between is small, and cores are wanted for Python and for models.
+const THREADS: usize = 2;
+/// How long the exit of the interpreter waits for threads that do not stop.
+const SHUTDOWN: Duration = Duration::from_secs(1);
+
+static CURRENT: ArcSwapOption<Process> = ArcSwapOption::const_empty();
+
+/// What this process has.
+pub(super) struct Process {
+    id: u32,
+    handle: Handle,
+    /// None once the interpreter exits.
+    runtime: Mutex<Option<Runtime>>,
+    pub(super) event_loops: EventLoops,
+    pub(super) logs: Logs,
+}
+
+/// A value of the process that made it. Elsewhere, in a forked child, it cannot be had, and is left alone.
+pub(super) struct OfProcess<T> {
+    id: u32,
+    what: &'static str,
+    value: Option<T>,
+}
+
+/// What this process has, made now where it has nothing yet.
+pub(super) fn current(_py: Python<'_>) -> PyResult<Arc<Process>> {
+    let id = std::process::id();
+    if let Some(process) = CURRENT.load().as_ref().filter(|process| process.id == id) {
+        return if process.runtime.lock().is_some() {
+            Ok(Arc::clone(process))
+        } else {
+            Err(PyRuntimeError::new_err("the interpreter is exiting: nothing can be started any more"))
+        };
+    }
+    let runtime = Builder::new_multi_thread().worker_threads(THREADS).thread_name("mlx-serving-router").enable_all().build()?;
+    let process = Arc::new(Process {
+        id,
+        handle: runtime.handle().clone(),
+        runtime: Mutex::new(Some(runtime)),
+        event_loops: EventLoops::default(),
+        logs: Logs::default(),
+    });
+    logs::install();
+    // Dropping the parent's runtime would wait for threads that a child does not have.
+    std::mem::forget(CURRENT.swap(Some(Arc::clone(&process))));
+    Ok(process)
+}
+
+/// What this process has, where it has anything. Also once the interpreter exits.
+pub(super) fn existing() -> Option<Arc<Process>> {
+    CURRENT.load_full().filter(|process| process.id == std::process::id())
+}
+
+/// Ends the runtime with all that it runs. Called at the exit of the interpreter, which is not needed for it; without effect
+/// in a forked child.
+#[pyfunction]
+pub(super) fn shutdown(py: Python<'_>) {
+    if let Some(runtime) = existing().and_then(|process| process.runtime.lock().take()) {
+        py.detach(|| runtime.shutdown_timeout(SHUTDOWN));
+    }
+}
+
+// === impl Process ===
+
+impl Process {
+    /// Runs a future.
+    pub(super) fn spawn<F>(&self, future: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.handle.spawn(future)
+    }
+
+    /// The runtime, for futures that the caller polls.
+    pub(super) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+// === impl OfProcess ===
+
+impl<T> OfProcess<T> {
+    /// Binds a value to this process. `what` names it in errors.
+    pub(super) fn new(what: &'static str, value: T) -> Self {
+        Self { id: std::process::id(), what, value: Some(value) }
+    }
+
+    /// The value.
+    pub(super) fn get(&self) -> PyResult<&T> {
+        match &self.value {
+            Some(value) if self.id == std::process::id() => Ok(value),
+            _ => Err(PyRuntimeError::new_err(format!(
+                "this {} belongs to process {}, which was forked into this one ({}); make a new controller here",
+                self.what,
+                self.id,
+                std::process::id()
+            ))),
+        }
+    }
+
+    /// The value, where this is its process.
+    pub(super) fn if_here(&self) -> Option<&T> {
+        self.value.as_ref().filter(|_| self.id == std::process::id())
+    }
+}
+
+impl<T> Drop for OfProcess<T> {
+    fn drop(&mut self) {
+        if self.id != std::process::id() {
+            std::mem::forget(self.value.take());
+        }
+    }
+}

@@ -1,0 +1,492 @@
+//! An answer as it comes, for Python: `TokenStream`, and its blocking twin.
+//!
+//! A task of the runtime pulls from the core's stream into a bounded queue, and Python takes from there: what is there
+//! already is given without a wait. While the queue is full the task pulls nothing; a consumer that takes nothing for
+//! `streamIdleTimeoutMs` ends the stream with STREAM_INTERRUPTED. Leaving early, closing and dropping cancel the work on the
+//! worker. The core's stream is gone, and with it all that it held, before Python sees the end.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use pyo3::conversion::IntoPyObjectExt;
+use pyo3::exceptions::{PyRuntimeError, PyStopAsyncIteration, PyStopIteration};
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+use pyo3::{PyTraverseError, PyVisit};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::answer::{PyInferenceResponse, PyTokenEvent};
+use super::event_loop::Waiter;
+use super::runtime::{self, OfProcess};
+use super::{bridge, errors};
+use crate::dispatch::{Answer, TokenStream};
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::wire::{Token, WorkerId};
+
+/// Events that wait for Python at most.
+const CAPACITY: usize = 1024;
+
+/// Between the task that pulls and the Python object that is read.
+pub(super) struct Channel {
+    request_id: String,
+    queue: Mutex<Queue>,
+    /// Something can be taken.
+    readable: Notify,
+    /// Something was taken.
+    taken: Notify,
+    /// Nobody reads any more.
+    closed: CancellationToken,
+    /// The core's stream is gone.
+    ended: CancellationToken,
+}
+
+struct Queue {
+    tokens: VecDeque<Token>,
+    end: Option<End>,
+    worker_id: WorkerId,
+    waiter: Option<Arc<Waiter>>,
+}
+
+#[derive(Clone)]
+enum End {
+    Complete(Arc<Answer>),
+    Failed(ControllerError),
+    Closed,
+}
+
+enum Taken {
+    Tokens(Vec<Token>),
+    End(End),
+    Nothing,
+}
+
+/// A stream for one reader. Dropping it closes the channel.
+pub(super) struct Reader(OfProcess<Arc<Channel>>);
+
+/// An answer as it comes: an async iterator of `TokenEvent`.
+#[pyclass(frozen, module = "mlx_serving_router._native", name = "TokenStream")]
+pub(super) struct PyTokenStream(Reader);
+
+/// An answer as it comes, all events that are ready at a time.
+#[pyclass(frozen, module = "mlx_serving_router._native")]
+pub(super) struct TokenBatches(Py<PyTokenStream>);
+
+/// An answer as it comes, for scripts and notebooks: an iterator of `TokenEvent` that waits with the interpreter released.
+#[pyclass(frozen, module = "mlx_serving_router._native")]
+pub(super) struct BlockingTokenStream(Reader);
+
+/// The await of what comes next.
+#[pyclass(frozen, module = "mlx_serving_router._native", name = "_Next")]
+pub(super) struct Next {
+    channel: OfProcess<Arc<Channel>>,
+    batch: bool,
+    waiter: Mutex<Option<Arc<Waiter>>>,
+}
+
+// === impl Reader ===
+
+impl Reader {
+    /// Reads a stream. To be called on the runtime.
+    pub(super) fn new(stream: TokenStream, idle: Duration) -> Self {
+        let queue = Queue { tokens: VecDeque::new(), end: None, worker_id: stream.worker_id().clone(), waiter: None };
+        let channel = Arc::new(Channel {
+            request_id: stream.request_id().to_owned(),
+            queue: Mutex::new(queue),
+            readable: Notify::new(),
+            taken: Notify::new(),
+            closed: CancellationToken::new(),
+            ended: CancellationToken::new(),
+        });
+        tokio::spawn(pull(Arc::clone(&channel), stream, idle));
+        Self(OfProcess::new("stream", channel))
+    }
+
+    fn channel(&self) -> PyResult<&Arc<Channel>> {
+        self.0.get()
+    }
+
+    fn worker_id(&self) -> PyResult<String> {
+        Ok(self.channel()?.queue.lock().worker_id.to_string())
+    }
+
+    fn response(&self) -> PyResult<Option<PyInferenceResponse>> {
+        match &self.channel()?.queue.lock().end {
+            Some(End::Complete(answer)) => Ok(Some(PyInferenceResponse(Arc::clone(answer)))),
+            _ => Ok(None),
+        }
+    }
+
+    fn repr(&self, name: &str) -> PyResult<String> {
+        let channel = self.channel()?;
+        let queue = channel.queue.lock();
+        let state = match &queue.end {
+            None => "running",
+            Some(End::Complete(_)) => "complete",
+            Some(End::Failed(error)) => error.code().as_str(),
+            Some(End::Closed) => "closed",
+        };
+        Ok(format!("<{name} request_id={:?} worker_id='{}' {state}>", channel.request_id, queue.worker_id))
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        if let Some(channel) = self.0.if_here() {
+            channel.close();
+        }
+    }
+}
+
+async fn pull(channel: Arc<Channel>, mut stream: TokenStream, idle: Duration) {
+    let end = loop {
+        tokio::select! {
+            biased;
+            () = channel.closed.cancelled() => break End::Closed,
+            room = tokio::time::timeout(idle, channel.room()) => if room.is_err() {
+                let message = format!("nothing was read of the stream for {} ms while {CAPACITY} events waited", idle.as_millis());
+                let error = ControllerError::new(ControllerErrorCode::StreamInterrupted, message);
+                break End::Failed(error.with("requestId", channel.request_id.as_str()).with("limit", "reader"));
+            },
+        }
+        let batch = tokio::select! {
+            biased;
+            () = channel.closed.cancelled() => break End::Closed,
+            batch = stream.next_batch() => batch,
+        };
+        match batch {
+            Ok(batch) if batch.is_empty() => {
+                break stream.response().map_or(End::Closed, |answer| End::Complete(Arc::new(answer.clone())));
+            }
+            Ok(batch) => channel.put(batch, stream.worker_id()),
+            Err(error) => break End::Failed(error),
+        }
+    };
+    drop(stream);
+    channel.end(end);
+}
+
+// === impl Channel ===
+
+impl Channel {
+    async fn room(&self) {
+        loop {
+            let taken = self.taken.notified();
+            tokio::pin!(taken);
+            taken.as_mut().enable();
+            if self.queue.lock().tokens.len() < CAPACITY {
+                return;
+            }
+            taken.await;
+        }
+    }
+
+    fn put(&self, batch: Vec<Token>, worker: &WorkerId) {
+        let waiter = {
+            let mut queue = self.queue.lock();
+            queue.tokens.extend(batch);
+            if queue.worker_id != *worker {
+                queue.worker_id = worker.clone();
+            }
+            queue.waiter.take()
+        };
+        self.tell(waiter);
+    }
+
+    fn end(&self, end: End) {
+        let waiter = {
+            let mut queue = self.queue.lock();
+            queue.end.get_or_insert(end);
+            queue.waiter.take()
+        };
+        self.ended.cancel();
+        self.tell(waiter);
+    }
+
+    fn tell(&self, waiter: Option<Arc<Waiter>>) {
+        if let Some(waiter) = waiter {
+            waiter.wake();
+        }
+        self.readable.notify_waiters();
+    }
+
+    /// Nobody reads any more. What was there is gone, unless the stream was complete.
+    fn close(&self) {
+        self.closed.cancel();
+        let waiter = {
+            let mut queue = self.queue.lock();
+            queue.tokens.clear();
+            queue.end.get_or_insert(End::Closed);
+            queue.waiter.take()
+        };
+        self.tell(waiter);
+    }
+
+    fn take(&self, batch: bool) -> Taken {
+        let mut queue = self.queue.lock();
+        let tokens: Vec<Token> =
+            if batch { queue.tokens.drain(..).collect() } else { queue.tokens.pop_front().into_iter().collect() };
+        let end = queue.end.clone();
+        drop(queue);
+        match end {
+            _ if !tokens.is_empty() => {
+                self.taken.notify_one();
+                Taken::Tokens(tokens)
+            }
+            Some(end) => Taken::End(end),
+            None => Taken::Nothing,
+        }
+    }
+
+    /// Waits until something can be taken, and takes it.
+    async fn next(&self) -> Taken {
+        loop {
+            let readable = self.readable.notified();
+            tokio::pin!(readable);
+            readable.as_mut().enable();
+            match self.take(false) {
+                Taken::Nothing => readable.await,
+                taken => return taken,
+            }
+        }
+    }
+}
+
+#[pymethods]
+impl PyTokenStream {
+    fn __aiter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __anext__(&self) -> PyResult<Next> {
+        Next::new(self.0.channel()?, false)
+    }
+
+    /// All events that are ready at a time, as lists: fewer steps where tokens come faster than they are read.
+    fn batches(slf: Bound<'_, Self>) -> TokenBatches {
+        TokenBatches(slf.unbind())
+    }
+
+    /// Ends it. The work on the worker is cancelled where it still runs; all that the request held is back when this
+    /// returns. What was not read is lost.
+    fn aclose<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let channel = Arc::clone(self.0.channel()?);
+        channel.close();
+        bridge::awaitable_with(py, async move { channel.ended.cancelled().await }, |py, ()| Ok(py.None()))
+    }
+
+    fn __aenter__<'py>(slf: Bound<'py, Self>, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let entered = slf.unbind();
+        bridge::awaitable_with(py, std::future::ready(()), move |_, ()| Ok(entered.into_any()))
+    }
+
+    #[pyo3(signature = (kind, error, traceback, /))]
+    fn __aexit__<'py>(
+        &self,
+        py: Python<'py>,
+        kind: &Bound<'py, PyAny>,
+        error: &Bound<'py, PyAny>,
+        traceback: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let _ = (kind, error, traceback);
+        self.aclose(py)
+    }
+
+    /// The whole answer, once it is complete; `None` before, and where it failed.
+    #[getter]
+    fn response(&self) -> PyResult<Option<PyInferenceResponse>> {
+        self.0.response()
+    }
+
+    /// The request.
+    #[getter]
+    fn request_id(&self) -> PyResult<&str> {
+        Ok(&self.0.channel()?.request_id)
+    }
+
+    /// The worker that answers now.
+    #[getter]
+    fn worker_id(&self) -> PyResult<String> {
+        self.0.worker_id()
+    }
+
+    fn __repr__(&self) -> PyResult<String> {
+        self.0.repr("TokenStream")
+    }
+}
+
+#[pymethods]
+impl TokenBatches {
+    fn __aiter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __anext__(&self) -> PyResult<Next> {
+        Next::new(self.0.get().0.channel()?, true)
+    }
+}
+
+#[pymethods]
+impl BlockingTokenStream {
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<PyTokenEvent>> {
+        let channel = self.0.channel()?;
+        let taken = match channel.take(false) {
+            Taken::Nothing => bridge::block_on_any(py, channel.next())?,
+            taken => taken,
+        };
+        match taken {
+            Taken::Tokens(tokens) => Ok(tokens.into_iter().next().map(PyTokenEvent)),
+            Taken::End(End::Failed(error)) => Err(errors::raise(py, &error)),
+            Taken::End(_) | Taken::Nothing => Ok(None),
+        }
+    }
+
+    /// Ends it, as `TokenStream.aclose` does.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let channel = self.0.channel()?;
+        channel.close();
+        bridge::block_on_any(py, channel.ended.cancelled())
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (kind, error, traceback, /))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        kind: &Bound<'_, PyAny>,
+        error: &Bound<'_, PyAny>,
+        traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let _ = (kind, error, traceback);
+        self.close(py)
+    }
+
+    /// The whole answer, once it is complete; `None` before, and where it failed.
+    #[getter]
+    fn response(&self) -> PyResult<Option<PyInferenceResponse>> {
+        self.0.response()
+    }
+
+    /// The request.
+    #[getter]
+    fn request_id(&self) -> PyResult<&str> {
+        Ok(&self.0.channel()?.request_id)
+    }
+
+    /// The worker that answers now.
+    #[getter]
+    fn worker_id(&self) -> PyResult<String> {
+        self.0.worker_id()
+    }
+
+    fn __repr__(&self) -> PyResult<String> {
+        self.0.repr("BlockingTokenStream")
+    }
+}
+
+// === impl PyTokenStream ===
+
+impl PyTokenStream {
+    pub(super) fn new(reader: Reader) -> Self {
+        Self(reader)
+    }
+}
+
+// === impl BlockingTokenStream ===
+
+impl BlockingTokenStream {
+    pub(super) fn new(reader: Reader) -> Self {
+        Self(reader)
+    }
+}
+
+// === impl Next ===
+
+#[pymethods]
+impl Next {
+    fn __await__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    /// What is there is taken when the task goes on, not when it is woken: one that is cancelled in between loses nothing.
+    fn __next__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let channel = self.channel.get()?;
+        loop {
+            match channel.take(self.batch) {
+                Taken::Tokens(tokens) => return Err(PyStopIteration::new_err((self.value(py, tokens)?,))),
+                Taken::End(End::Failed(error)) => return Err(errors::raise(py, &error)),
+                Taken::End(_) => return Err(PyStopAsyncIteration::new_err(())),
+                Taken::Nothing => {}
+            }
+            let other = channel.queue.lock().waiter.clone();
+            if let Some(other) = other
+                && !other.is_over(py)?
+            {
+                return Err(PyRuntimeError::new_err("another task waits for this stream already"));
+            }
+            let waiter = Waiter::new(py, &*runtime::current(py)?)?;
+            {
+                let mut queue = channel.queue.lock();
+                if !queue.tokens.is_empty() || queue.end.is_some() {
+                    continue;
+                }
+                queue.waiter = Some(Arc::clone(&waiter));
+            }
+            *self.waiter.lock() = Some(Arc::clone(&waiter));
+            if let Some(future) = waiter.blocking_future(py)? {
+                return Ok(future);
+            }
+        }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match self.waiter.try_lock().as_deref() {
+            Some(Some(waiter)) => waiter.traverse(&visit),
+            _ => Ok(()),
+        }
+    }
+
+    fn __clear__(&self) {
+        if let Some(waiter) = self.waiter.lock().take() {
+            waiter.forget();
+        }
+    }
+}
+
+impl Drop for Next {
+    fn drop(&mut self) {
+        if let Some(waiter) = self.waiter.get_mut().take() {
+            waiter.forget();
+        }
+    }
+}
+
+impl Next {
+    fn new(channel: &Arc<Channel>, batch: bool) -> PyResult<Self> {
+        Ok(Self { channel: OfProcess::new("stream", Arc::clone(channel)), batch, waiter: Mutex::new(None) })
+    }
+
+    fn value(&self, py: Python<'_>, tokens: Vec<Token>) -> PyResult<Py<PyAny>> {
+        let mut events = tokens.into_iter().map(PyTokenEvent);
+        if self.batch {
+            let list = PyList::empty(py);
+            events.try_for_each(|event| list.append(event.into_py_any(py)?))?;
+            Ok(list.into_any().unbind())
+        } else {
+            events.next().map_or_else(|| Ok(py.None()), |event| event.into_py_any(py))
+        }
+    }
+}
