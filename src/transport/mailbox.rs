@@ -70,6 +70,12 @@ impl Postbox {
         self.0.try_send(delivery).is_ok()
     }
 
+    /// Whether another delivery fits now.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.0.capacity() > 0
+    }
+
     /// Whether nobody waits any more.
     #[must_use]
     pub fn is_closed(&self) -> bool {

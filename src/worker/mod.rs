@@ -1,1 +1,27 @@
-//! The worker's runtime.
+//! The worker's runtime: what stands between an inference engine and the controllers that ask it.
+//!
+//! | file | it does |
+//! |---|---|
+//! | `runtime` | the life of a worker: start, drain, stop |
+//! | `membership`, `rivals`, `machine`, `board` | what the fleet is told, and who else claims the same name |
+//! | `intake` | where attempts come in |
+//! | `desk`, `cancels`, `liveness`, `tally` | order, places, deadlines, cancellations |
+//! | `job` | the engine's view of its work |
+//! | `answer`, `outbox` | the way back: indexes, merging, the one end |
+
+mod answer;
+mod board;
+mod cancels;
+mod desk;
+mod intake;
+mod job;
+mod liveness;
+mod machine;
+mod membership;
+mod outbox;
+mod rivals;
+mod runtime;
+mod tally;
+
+pub use job::{Job, JobQueue};
+pub use runtime::{Worker, WorkerOptions, WorkerState};

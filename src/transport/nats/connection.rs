@@ -15,6 +15,8 @@ use crate::error::{ControllerError, ControllerErrorCode};
 
 /// How many messages wait in one subscription. async-nats drops silently beyond it, which shows as a missing token index.
 const SUBSCRIPTION_CAPACITY: usize = 65_536;
+/// Headers count as well: our names and values, with separators, are far below this many bytes.
+const HEADERS: usize = 1024;
 /// The first wait before a reconnect; it grows by as much each time, up to the longest.
 const RECONNECT_STEP: Duration = Duration::from_millis(50);
 const RECONNECT_LONGEST: Duration = Duration::from_secs(2);
@@ -115,6 +117,12 @@ impl NatsConnection {
         &self.prefix
     }
 
+    /// The address that the server sees this process at; empty where it does not say.
+    #[must_use]
+    pub fn own_address(&self) -> String {
+        self.client.server_info().client_ip
+    }
+
     /// How many servers it may use.
     #[must_use]
     pub fn servers(&self) -> usize {
@@ -130,6 +138,20 @@ impl NatsConnection {
         self.client.publish(subject, payload).await.map_err(|error| lost(&error))
     }
 
+    /// Publishes a message with headers.
+    ///
+    /// # Errors
+    /// As [`Self::publish`].
+    pub(super) async fn publish_with_headers(
+        &self,
+        subject: String,
+        headers: HeaderMap,
+        payload: Bytes,
+    ) -> Result<(), ControllerError> {
+        self.ready_for(payload.len() + HEADERS)?;
+        self.client.publish_with_headers(subject, headers, payload).await.map_err(|error| lost(&error))
+    }
+
     /// Publishes a message with headers and a subject for answers.
     ///
     /// # Errors
@@ -141,8 +163,7 @@ impl NatsConnection {
         headers: HeaderMap,
         payload: Bytes,
     ) -> Result<(), ControllerError> {
-        // Headers count: their names and values, with separators, are far below this allowance.
-        self.ready_for(payload.len() + 1024)?;
+        self.ready_for(payload.len() + HEADERS)?;
         self.client.publish_with_reply_and_headers(subject, reply, headers, payload).await.map_err(|error| lost(&error))
     }
 
@@ -175,7 +196,8 @@ impl NatsConnection {
         &self.client
     }
 
-    fn ready_for(&self, size: usize) -> Result<(), ControllerError> {
+    /// What has to be true before a message of this size is handed to the client.
+    pub(super) fn ready_for(&self, size: usize) -> Result<(), ControllerError> {
         if !self.is_connected() {
             return Err(ControllerError::new(
                 ControllerErrorCode::NatsError,
@@ -265,7 +287,7 @@ fn note(states: &watch::Sender<Link>, event: &Event) {
     }
 }
 
-fn lost(error: &dyn std::fmt::Display) -> ControllerError {
+pub(super) fn lost(error: &dyn std::fmt::Display) -> ControllerError {
     ControllerError::new(ControllerErrorCode::NatsError, format!("the connection to NATS is down: {error}"))
 }
 

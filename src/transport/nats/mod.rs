@@ -4,6 +4,7 @@
 
 mod connection;
 mod inbox;
+mod service;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 pub use connection::{Incoming, Link, NatsConnection, Subscription};
 use inbox::Inbox;
+pub use service::{Asked, WorkerService};
 
 use super::{Mailbox, Outgoing, Transport};
 use crate::error::{ControllerError, ControllerErrorCode};
@@ -52,7 +54,7 @@ impl NatsTransport {
         let grace = if connection.servers() > 1 { grace } else { Duration::ZERO };
         let tasks = [
             tokio::spawn(Arc::clone(&inbox).run(subscription)),
-            tokio::spawn(publish_cancels(connection.clone(), queued)),
+            tokio::spawn(publish_cancels(connection.clone(), controller_id.clone(), queued)),
             tokio::spawn(watch_link(connection.clone(), Arc::clone(&inbox), grace)),
         ];
         Ok(Self { connection, controller_id, inbox, cancels, grace, _tasks: tasks.map(AbortOnDropHandle::new).into() })
@@ -108,11 +110,16 @@ impl Transport for NatsTransport {
     }
 }
 
-async fn publish_cancels(connection: NatsConnection, mut queued: mpsc::Receiver<(WorkerId, Cancel)>) {
+/// Says whose attempt is meant: two controllers may have requests of one name at one worker.
+async fn publish_cancels(connection: NatsConnection, controller_id: Arc<str>, mut queued: mpsc::Receiver<(WorkerId, Cancel)>) {
     while let Some((worker, cancel)) = queued.recv().await {
         let Ok(payload) = serde_json::to_vec(&cancel) else { continue };
+        let mut headers = HeaderMap::new();
+        if let Ok(name) = header_value(&controller_id) {
+            headers.insert(header::CONTROLLER_ID, name);
+        }
         // While the connection is down nobody is told; the worker stops when it misses our heartbeats, or at its deadline.
-        let _ = connection.publish(subject::cancel(connection.prefix(), &worker), payload.into()).await;
+        let _ = connection.publish_with_headers(subject::cancel(connection.prefix(), &worker), headers, payload.into()).await;
     }
 }
 

@@ -1,0 +1,18 @@
+//! What the engine says of itself.
+
+use crate::wire::Phase;
+
+/// The engine's last report.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Board {
+    /// What it is doing.
+    pub(super) phase: Phase,
+    /// Models that can answer at once.
+    pub(super) loaded: Vec<String>,
+    /// Models on their way into memory.
+    pub(super) loading: Vec<String>,
+    /// It has said that it can take work.
+    pub(super) was_ready: bool,
+    /// It has ended, with an error where there is one.
+    pub(super) ended: Option<Option<String>>,
+}

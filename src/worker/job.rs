@@ -1,0 +1,153 @@
+//! The work of an engine.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::answer::Taken;
+use super::desk::{Attempt, Desk};
+use crate::error::ControllerErrorCode;
+use crate::wire::{Finish, InferenceRequest, Json, Phase};
+
+/// The work of one engine, in the order in which it is to be done. Clones are the same one.
+#[derive(Clone)]
+pub struct JobQueue(Arc<Desk>);
+
+/// One attempt at one request. Exactly one of `done` and `error` ends it; afterwards, and once it is cancelled, every
+/// method is without effect. Dropped without an end it is answered as WORKER_UNAVAILABLE.
+pub struct Job {
+    desk: Arc<Desk>,
+    attempt: Arc<Attempt>,
+}
+
+// === impl JobQueue ===
+
+impl JobQueue {
+    pub(super) fn new(desk: Arc<Desk>) -> Self {
+        Self(desk)
+    }
+
+    /// The next job, blocking the thread: none when the time has passed or the queue is closed.
+    #[must_use]
+    pub fn get(&self, timeout: Option<Duration>) -> Option<Job> {
+        self.0.get(timeout).map(|attempt| Job { desk: self.0.clone(), attempt })
+    }
+
+    /// The next job; none when the queue is closed. A dropped future loses no job.
+    pub async fn next(&self) -> Option<Job> {
+        let attempt = self.0.next().await?;
+        Some(Job { desk: self.0.clone(), attempt })
+    }
+
+    /// Whether no further job will come.
+    #[must_use]
+    pub fn closed(&self) -> bool {
+        self.0.is_closed()
+    }
+
+    /// What heartbeats say from now on. The first `Ready` lets the worker register.
+    pub fn report(&self, phase: Phase, loaded: Vec<String>, loading: Vec<String>) {
+        self.0.board.send_if_modified(|board| {
+            let mut next = board.clone();
+            next.was_ready |= phase == Phase::Ready;
+            (next.phase, next.loaded, next.loading) = (phase, loaded, loading);
+            let changed = next != *board;
+            *board = next;
+            changed
+        });
+    }
+
+    /// The engine has ended, with an error where there is one: nobody will take jobs any more.
+    pub fn engine_ended(&self, error: Option<String>) {
+        self.0.board.send_modify(|board| {
+            board.ended.get_or_insert(error);
+        });
+    }
+}
+
+// === impl Job ===
+
+impl Job {
+    /// What is asked.
+    #[must_use]
+    pub fn request(&self) -> &Arc<InferenceRequest> {
+        &self.attempt.request
+    }
+
+    /// 1 for the first attempt.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt.number()
+    }
+
+    /// Fires when nobody waits any more: cancelled, past its deadline, or the worker stops.
+    #[must_use]
+    pub fn cancelled(&self) -> &CancellationToken {
+        &self.attempt.token
+    }
+
+    /// Delivers a piece of the answer. The runtime counts the index. Never waits: see [`Self::has_room`].
+    pub fn token(&self, text: &str, token_ids: &[u32], logprobs: Option<Json>) {
+        match self.attempt.answer.piece(text, token_ids, logprobs) {
+            Taken::Yes | Taken::Over => {}
+            Taken::Gone => self.desk.end(&self.attempt, ControllerErrorCode::Cancelled.as_str(), "nobody waits any more", None),
+            Taken::Overflow => self.desk.end(
+                &self.attempt,
+                ControllerErrorCode::WorkerUnavailable.as_str(),
+                "the answer is longer than what may wait to be sent",
+                None,
+            ),
+        }
+    }
+
+    /// Whether the answer goes out as fast as it comes. An engine that delivers in spite of `false` for long loses the
+    /// job: see [`Self::wait_for_room`] and [`Self::room`].
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.attempt.answer.has_room()
+    }
+
+    /// Blocks the thread until [`Self::has_room`], or until the time has passed.
+    pub fn wait_for_room(&self, limit: Duration) {
+        self.attempt.answer.wait_for_room(limit);
+    }
+
+    /// Returns when [`Self::has_room`].
+    pub async fn room(&self) {
+        tokio::select! {
+            () = self.attempt.answer.room() => {}
+            () = self.attempt.token.cancelled() => {}
+        }
+    }
+
+    /// Ends it well. `completion_tokens` of the usage is counted where it is none; the time is the runtime's.
+    pub fn done(&self, mut finish: Finish, completion_tokens: Option<u64>) {
+        let attempt = &self.attempt;
+        if attempt.answer.close() {
+            finish.usage.completion_tokens = completion_tokens.unwrap_or_else(|| attempt.answer.tokens());
+            finish.latency_ms = (attempt.arrived.elapsed().as_secs_f64() * 1e6).round() / 1e3;
+            self.desk.leave(attempt, true);
+            attempt.answer.finish(finish);
+        }
+    }
+
+    /// Ends it badly.
+    pub fn error(&self, code: &str, message: &str, retry_after_ms: Option<i64>) {
+        self.desk.end(&self.attempt, code, message, retry_after_ms);
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        let code = ControllerErrorCode::WorkerUnavailable.as_str();
+        self.desk.end(&self.attempt, code, "the engine let go of the request without an end", None);
+    }
+}
+
+/// Names the job; says nothing of what was asked.
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Job").field("request", self.request()).field("attempt", &self.attempt()).finish_non_exhaustive()
+    }
+}

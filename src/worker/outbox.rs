@@ -1,0 +1,149 @@
+//! The way out: one task that hands every waiting answer to its carrier.
+//!
+//! While the connection to NATS is down it waits and the answers grow in their own, bounded, place; when the connection is
+//! back they go out. A full mailbox of this process holds up its own answer alone.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::answer::{Answer, Target};
+use crate::error::ControllerErrorCode;
+use crate::transport::Delivery;
+use crate::transport::nats::NatsConnection;
+use crate::wire::Reply;
+
+/// How soon a full mailbox is tried again.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// The answers that have something to send; each stands here at most once.
+#[derive(Default)]
+pub(super) struct Outbox {
+    waiting: Mutex<Waiting>,
+    wake: Notify,
+    idle: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    answers: VecDeque<Arc<Answer>>,
+    /// The task is at work on one, or has put some aside.
+    at_work: bool,
+}
+
+/// What became of an answer's messages.
+enum Sent {
+    All,
+    /// The connection is down.
+    Down(VecDeque<Reply>),
+    /// The mailbox is full.
+    Full(VecDeque<Reply>),
+}
+
+// === impl Outbox ===
+
+impl Outbox {
+    /// An answer has something to send.
+    pub(super) fn add(&self, answer: Arc<Answer>) {
+        self.waiting.lock().answers.push_back(answer);
+        self.wake.notify_one();
+    }
+
+    /// Returns when everything has gone to its carrier.
+    pub(super) async fn drained(&self) {
+        loop {
+            let idle = self.idle.notified();
+            tokio::pin!(idle);
+            idle.as_mut().enable();
+            {
+                let waiting = self.waiting.lock();
+                if waiting.answers.is_empty() && !waiting.at_work {
+                    return;
+                }
+            }
+            idle.await;
+        }
+    }
+
+    /// Sends for ever.
+    pub(super) async fn run(self: Arc<Self>, connection: Option<NatsConnection>) {
+        let mut aside: Vec<Arc<Answer>> = Vec::new();
+        loop {
+            let Some(answer) = self.next(!aside.is_empty()) else {
+                if aside.is_empty() {
+                    self.wake.notified().await;
+                } else {
+                    let _ = tokio::time::timeout(RETRY, self.wake.notified()).await;
+                    aside.drain(..).for_each(|answer| self.add(answer));
+                }
+                continue;
+            };
+            match send(&answer).await {
+                Sent::All => {
+                    if answer.settle(VecDeque::new()) {
+                        self.add(answer);
+                    }
+                }
+                Sent::Full(unsent) => {
+                    answer.settle(unsent);
+                    aside.push(answer);
+                }
+                Sent::Down(unsent) => {
+                    answer.settle(unsent);
+                    self.add(answer);
+                    if let Some(connection) = &connection {
+                        let mut link = connection.link();
+                        if link.wait_for(|link| link.connected).await.is_err() {
+                            return;
+                        }
+                        // The link's news may be older than the loss.
+                        tokio::time::sleep(RETRY).await;
+                    }
+                }
+            }
+        }
+    }
+
+    fn next(&self, aside: bool) -> Option<Arc<Answer>> {
+        let mut waiting = self.waiting.lock();
+        let next = waiting.answers.pop_front();
+        waiting.at_work = aside || next.is_some();
+        if !waiting.at_work {
+            self.idle.notify_waiters();
+        }
+        next
+    }
+}
+
+async fn send(answer: &Answer) -> Sent {
+    let mut replies = answer.take();
+    while let Some(reply) = replies.pop_front() {
+        match answer.target() {
+            Target::Local(postbox) if postbox.is_closed() => return Sent::All,
+            Target::Local(postbox) if postbox.has_room() => drop(postbox.post(Delivery::Reply(reply))),
+            Target::Local(_) => {
+                replies.push_front(reply);
+                return Sent::Full(replies);
+            }
+            Target::Nats(asked) => {
+                let payload = reply.encode(answer.request_id()).into();
+                let sent = if reply.is_terminal() { asked.finish(payload).await } else { asked.answer(payload).await };
+                match sent.map_err(|error| error.code()) {
+                    Ok(()) => {}
+                    Err(ControllerErrorCode::PayloadTooLarge) => {
+                        replies.clear();
+                        replies.push_back(answer.too_large());
+                    }
+                    Err(_) => {
+                        replies.push_front(reply);
+                        return Sent::Down(replies);
+                    }
+                }
+            }
+        }
+    }
+    Sent::All
+}
