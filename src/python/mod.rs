@@ -70,6 +70,8 @@ mod _native {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         let py = module.py();
+        // A list of everything, private names too, for `import *`, which nobody does here.
+        module.delattr("__all__")?;
         let codes = PyDict::new(py);
         for code in ControllerErrorCode::ALL {
             codes.set_item(code.as_str(), code.retryable())?;

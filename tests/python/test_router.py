@@ -1,0 +1,159 @@
+"""`Router` and `Lease` from Python; how workers are chosen is tested in Rust."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mlx_serving_router import CircuitState, ControllerError, Router
+
+if TYPE_CHECKING:
+    from mlx_serving_router import Lease
+
+
+def fleet(*names: str, **options: Any) -> Router:
+    router = Router(options or {}, seed=1)
+    for name in names:
+        router.add_worker(name, ["tiny"])
+    return router
+
+
+def in_flight(router: Router) -> dict[str, int]:
+    return {worker.worker_id: worker.in_flight for worker in router.workers()}
+
+
+def test_the_least_busy_worker_is_chosen() -> None:
+    router = fleet("a", "b")
+    held = [router.select("tiny") for _ in range(4)]
+    assert in_flight(router) == {"a": 2, "b": 2}
+    assert {lease.worker_id for lease in held} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "end", ["success", "failure", "release", "drop", "with"], ids=lambda end: f"ended by {end}"
+)
+def test_a_lease_gives_its_place_back(end: str) -> None:
+    router = fleet("a")
+    lease: Lease | None = router.select("tiny")
+    assert lease is not None
+    assert in_flight(router) == {"a": 1}
+    match end:
+        case "success":
+            lease.success(ttft_ms=12.5)
+        case "failure":
+            assert lease.failure("WORKER_TIMEOUT") is False
+        case "release":
+            lease.release()
+        case "with":
+            with lease:
+                pass
+    if end != "drop":
+        # Once is enough, and a second end changes nothing.
+        lease.release()
+        assert "ended" in repr(lease)
+    lease = None
+    gc.collect()
+    assert in_flight(router) == {"a": 0}
+
+
+def test_failures_open_the_breaker_and_say_so() -> None:
+    router = fleet("a", requestRouting={"circuitBreaker": {"failureThreshold": 2}})
+    assert router.select("tiny").failure("WORKER_TIMEOUT") is False
+    assert router.select("tiny").failure("WORKER_TIMEOUT") is True
+    stats = router.get_circuit_breaker_stats()["a"]
+    assert stats["state"] is CircuitState.OPEN
+    assert (stats["failure_count"], stats["success_count"], stats["opened_count"]) == (2, 0, 1)
+    assert stats["opened_at"] is not None
+    assert stats["last_failure_time"] is not None
+    assert stats["last_success_time"] is None
+    assert router.workers()[0].breaker is CircuitState.OPEN
+    with pytest.raises(ControllerError) as caught:
+        router.select("tiny")
+    assert caught.value.code == "NO_HEALTHY_WORKERS"
+    assert 0 < caught.value.context["retry_after_ms"] <= 36_000
+
+
+def test_client_errors_open_nothing() -> None:
+    router = fleet("a", requestRouting={"circuitBreaker": {"failureThreshold": 1}})
+    assert router.select("tiny").failure("REQUEST_VALIDATION_FAILED") is False
+    assert router.workers()[0].breaker is CircuitState.CLOSED
+    with pytest.raises(ValueError, match="NONSENSE"):
+        router.select("tiny").failure("NONSENSE")
+
+
+def test_without_breakers_there_are_no_stats() -> None:
+    router = fleet("a", requestRouting={"circuitBreaker": {"enabled": False}})
+    assert router.get_circuit_breaker_stats() == {}
+    assert router.workers()[0].breaker is CircuitState.DISABLED
+
+
+def test_refusals_have_the_codes_of_the_contract() -> None:
+    def code(router: Router, model: str = "tiny", exclude: tuple[str, ...] = ()) -> str:
+        with pytest.raises(ControllerError) as caught:
+            router.select(model, exclude=exclude)
+        return caught.value.code
+
+    router = fleet("a")
+    assert code(Router({})) == "NO_WORKERS_AVAILABLE"
+    assert code(router, "another") == "MODEL_NOT_FOUND"
+    assert code(router, exclude=("a",)) == "NO_WORKERS_AVAILABLE"
+    router.add_worker("a", ["tiny"], max_concurrent=1)
+    lease = router.select("tiny")
+    assert code(router) == "QUEUE_FULL"
+    lease.release()
+    assert router.select("tiny").worker_id == "a"
+
+
+def test_a_session_stays_with_its_worker() -> None:
+    router = fleet("a", "b", "c")
+    first = router.select("tiny", session_id="s")
+    again = [router.select("tiny", "s") for _ in range(5)]
+    assert first.choice == "rendezvous"
+    assert {lease.worker_id for lease in again} == {first.worker_id}
+    assert {lease.choice for lease in again} == {"affinity"}
+
+
+def test_a_decision_is_explained() -> None:
+    router = fleet("a", "b")
+    lease = router.select("tiny", exclude=["a"], explain=True)
+    assert lease.worker_id == "b"
+    assert lease.left_out == [{"worker_id": "a", "reason": "tried"}]
+    assert router.select("tiny").left_out is None
+
+
+def test_workers_come_and_go() -> None:
+    router = fleet("a")
+    assert router.remove_worker("a") is True
+    assert router.remove_worker("a") is False
+    assert router.workers() == []
+    router.add_worker("a", ["tiny"])
+    assert router.select("tiny").worker_id == "a"
+    with pytest.raises(ValueError, match="no worker id"):
+        router.add_worker("a.b", ["tiny"])
+
+
+def test_heartbeats_tell_the_load() -> None:
+    router = fleet("a", "b")
+    router.heartbeat("a", active_requests=5, queue_depth=2, loaded_models=["tiny"])
+    assert [router.select("tiny").worker_id for _ in range(3)] == ["b", "b", "b"]
+    worker = router.workers()[0]
+    assert (worker.foreign_requests, worker.queue_depth, worker.loaded_models) == (5, 2, ["tiny"])
+    router.heartbeat("b", status="degraded")
+    assert router.workers()[1].status == "degraded"
+    with pytest.raises(ValueError, match="add_worker comes first"):
+        router.heartbeat("c")
+    with pytest.raises(ValueError, match="online, degraded, draining or offline"):
+        router.heartbeat("a", status="tired")  # type: ignore[arg-type]
+
+
+def test_a_seed_decides_every_choice() -> None:
+    def picks(seed: int) -> list[str]:
+        router = Router({"loadBalancing": {"strategy": "weighted_random"}}, seed=seed)
+        for name in "abcd":
+            router.add_worker(name, ["tiny"])
+        return [router.select("tiny").worker_id for _ in range(20)]
+
+    assert picks(1) == picks(1)
+    assert picks(1) != picks(2)
