@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::answer::{Answer, Target};
 use crate::error::ControllerErrorCode;
@@ -71,13 +72,17 @@ impl Outbox {
     /// Sends for ever.
     pub(super) async fn run(self: Arc<Self>, connection: Option<NatsConnection>) {
         let mut aside: Vec<Arc<Answer>> = Vec::new();
+        let mut retry_at = Instant::now();
         loop {
             let Some(answer) = self.next(!aside.is_empty()) else {
                 if aside.is_empty() {
                     self.wake.notified().await;
                 } else {
-                    let _ = tokio::time::timeout(RETRY, self.wake.notified()).await;
-                    aside.drain(..).for_each(|answer| self.add(answer));
+                    // Others may go out meanwhile; without a wake of its own, so that this does not spin.
+                    let _ = tokio::time::timeout_at(retry_at, self.wake.notified()).await;
+                    if Instant::now() >= retry_at {
+                        self.waiting.lock().answers.extend(aside.drain(..));
+                    }
                 }
                 continue;
             };
@@ -89,6 +94,9 @@ impl Outbox {
                 }
                 Sent::Full(unsent) => {
                     answer.settle(unsent);
+                    if aside.is_empty() {
+                        retry_at = Instant::now() + RETRY;
+                    }
                     aside.push(answer);
                 }
                 Sent::Down(unsent) => {
