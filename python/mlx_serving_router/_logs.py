@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mlx_serving_router._native import _LogRecord
 
 _ROOT: Final = logging.getLogger("mlx_serving_router")
+# An application that wants no logs is to see none: without a handler, warnings would go to stderr.
+_ROOT.addHandler(logging.NullHandler())
 _LOOK_EVERY: Final = 1.0  # seconds
 _STOP_WITHIN: Final = 2.0
 

@@ -9,12 +9,11 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use pyo3::conversion::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyStopIteration};
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
-use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
 use super::errors;
@@ -24,6 +23,8 @@ use crate::error::ControllerError;
 
 /// How often a thread that waits looks for signals, Ctrl-C among them.
 const SIGNALS_EVERY: Duration = Duration::from_millis(50);
+/// How long an interrupted thread waits for the work to let go of what it holds.
+const ABORT_WITHIN: Duration = Duration::from_secs(1);
 
 /// Work on the runtime, to be awaited once in the event loop in which it was begun. Dropping it aborts the work.
 #[pyclass(frozen, module = "mlx_serving_router._native")]
@@ -45,6 +46,20 @@ trait Outcome: Send + Sync {
 
 /// Wakes however the work ends: a panic must not leave a task waiting for ever.
 struct WakeAtEnd(Arc<Waiter>);
+
+/// Where a thread waits for the work.
+struct Meeting<T> {
+    state: Mutex<Met<T>>,
+    changed: Condvar,
+}
+
+struct Met<T> {
+    result: Option<T>,
+    ended: bool,
+}
+
+/// Ends the wait however the work ends.
+struct NotifyAtEnd<T>(Arc<Meeting<T>>);
 
 /// Begins the work, and gives an awaitable for its result in the running event loop. A task that is cancelled while it
 /// awaits aborts the work.
@@ -84,15 +99,15 @@ where
     Ok(Bound::new(py, Call(OfProcess::new("awaitable", inner)))?.into_any())
 }
 
-/// Waits for the work with the interpreter released; Ctrl-C interrupts it and drops the work. The thread may have an event
+/// Waits for the work with the interpreter released; Ctrl-C interrupts it and aborts the work. The thread may have an event
 /// loop that runs, as in a notebook: it stands still meanwhile.
 ///
 /// # Errors
 /// What the work raises, what a signal's handler raises; `RuntimeError`: the interpreter exits.
 pub(super) fn block_on<F, T>(py: Python<'_>, future: F) -> PyResult<T>
 where
-    F: Future<Output = Result<T, ControllerError>> + Send,
-    T: Send,
+    F: Future<Output = Result<T, ControllerError>> + Send + 'static,
+    T: Send + 'static,
 {
     errors::unwrap(py, block_on_any(py, future)?)
 }
@@ -103,21 +118,70 @@ where
 /// As [`block_on`].
 pub(super) fn block_on_any<F>(py: Python<'_>, future: F) -> PyResult<F::Output>
 where
-    F: Future<Output: Send> + Send,
+    F: Future<Output: Send> + Send + 'static,
 {
     let process = runtime::current(py)?;
-    if Handle::try_current().is_ok() {
-        return Err(PyRuntimeError::new_err("a thread of the router's own cannot wait"));
-    }
-    let mut future = std::pin::pin!(future);
-    loop {
-        let slice = || process.handle().block_on(async { tokio::time::timeout(SIGNALS_EVERY, future.as_mut()).await });
-        if let Ok(result) = py.detach(slice) {
-            return Ok(result);
+    let meeting = Arc::new(Meeting::default());
+    let work = process.spawn({
+        // Not polled here: a thread that polls while the runtime is shut down meets tokio's panics.
+        let end = NotifyAtEnd(Arc::clone(&meeting));
+        async move {
+            let result = future.await;
+            end.0.state.lock().result = Some(result);
+            drop(end);
         }
-        py.check_signals()?;
-        // The exit of the interpreter stops the clock that wakes this thread.
-        runtime::current(py)?;
+    });
+    loop {
+        if py.detach(|| meeting.wait(SIGNALS_EVERY)) {
+            let result = meeting.state.lock().result.take();
+            return match result {
+                Some(result) => Ok(result),
+                None if process.is_over() => stand_still(py),
+                None => Err(PyRuntimeError::new_err("the work ended without a result; this is a defect of the router")),
+            };
+        }
+        if let Err(interrupted) = py.check_signals() {
+            work.abort();
+            py.detach(|| meeting.wait(ABORT_WITHIN));
+            return Err(interrupted);
+        }
+    }
+}
+
+/// For threads that the exit of the interpreter does not wait for: whatever they did now would disturb it.
+fn stand_still<T: Send>(py: Python<'_>) -> T {
+    py.detach(|| {
+        loop {
+            std::thread::park();
+        }
+    })
+}
+
+// === impl Meeting ===
+
+impl<T> Meeting<T> {
+    /// Whether the work has ended, within this time.
+    fn wait(&self, limit: Duration) -> bool {
+        let mut state = self.state.lock();
+        if !state.ended {
+            self.changed.wait_for(&mut state, limit);
+        }
+        state.ended
+    }
+}
+
+impl<T> Default for Meeting<T> {
+    fn default() -> Self {
+        Self { state: Mutex::new(Met { result: None, ended: false }), changed: Condvar::new() }
+    }
+}
+
+// === impl NotifyAtEnd ===
+
+impl<T> Drop for NotifyAtEnd<T> {
+    fn drop(&mut self) {
+        self.0.state.lock().ended = true;
+        self.0.changed.notify_all();
     }
 }
 

@@ -97,7 +97,8 @@ impl PyController {
     /// As `start`, blocking.
     #[pyo3(signature = (nats_url=None))]
     fn start_blocking(&self, py: Python<'_>, nats_url: Option<String>) -> PyResult<()> {
-        bridge::block_on(py, self.0.get()?.start(nats_url))
+        let controller = self.0.get()?.clone();
+        bridge::block_on(py, async move { controller.start(nats_url).await })
     }
 
     /// Stops: running requests may finish for so many seconds.
@@ -113,7 +114,8 @@ impl PyController {
     /// As `stop`, blocking.
     fn stop_blocking(&self, py: Python<'_>, drain_timeout: f64) -> PyResult<()> {
         let drain_timeout = errors::unwrap(py, duration("drain_timeout", drain_timeout))?;
-        bridge::block_on_any(py, self.0.get()?.stop(drain_timeout))
+        let controller = self.0.get()?.clone();
+        bridge::block_on_any(py, async move { controller.stop(drain_timeout).await })
     }
 
     /// True once so many workers are online, false when so many seconds have passed.
@@ -156,8 +158,9 @@ impl PyController {
         worker_id: Option<String>,
     ) -> PyResult<PyInferenceResponse> {
         let options = errors::unwrap(py, options(timeout, worker_id, None))?;
-        let answer = bridge::block_on(py, self.0.get()?.buffered((*request.get().0).clone(), options))?;
-        Ok(PyInferenceResponse(Arc::new(answer)))
+        let (controller, request) = (self.0.get()?.clone(), Arc::clone(&request.get().0));
+        let answer = async move { controller.buffered(Arc::unwrap_or_clone(request), options).await };
+        Ok(PyInferenceResponse(Arc::new(bridge::block_on(py, answer)?)))
     }
 
     /// An answer as it comes.

@@ -70,8 +70,6 @@ mod _native {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         let py = module.py();
-        // A list of everything, private names too, for `import *`, which nobody does here.
-        module.delattr("__all__")?;
         let codes = PyDict::new(py);
         for code in ControllerErrorCode::ALL {
             codes.set_item(code.as_str(), code.retryable())?;
@@ -79,7 +77,9 @@ mod _native {
         module.add("VERSION", env!("CARGO_PKG_VERSION"))?;
         module.add("ERROR_CODES", codes)?;
         module.add("CIRCUIT_STATES", PyTuple::new(py, fleet::CIRCUIT_STATES.map(|state| state.as_str()))?)?;
-        module.add("CONTROLLER_STATES", PyTuple::new(py, ControllerState::ALL.map(ControllerState::as_str))?)
+        module.add("CONTROLLER_STATES", PyTuple::new(py, ControllerState::ALL.map(ControllerState::as_str))?)?;
+        // Everything, private names too, for `import *`, which nobody does here.
+        module.delattr("__all__")
     }
 }
 

@@ -45,10 +45,10 @@ pub(super) struct OfProcess<T> {
 pub(super) fn current(_py: Python<'_>) -> PyResult<Arc<Process>> {
     let id = std::process::id();
     if let Some(process) = CURRENT.load().as_ref().filter(|process| process.id == id) {
-        return if process.runtime.lock().is_some() {
-            Ok(Arc::clone(process))
-        } else {
+        return if process.is_over() {
             Err(PyRuntimeError::new_err("the interpreter is exiting: nothing can be started any more"))
+        } else {
+            Ok(Arc::clone(process))
         };
     }
     let runtime = Builder::new_multi_thread().worker_threads(THREADS).thread_name("mlx-serving-router").enable_all().build()?;
@@ -90,7 +90,12 @@ impl Process {
         self.handle.spawn(future)
     }
 
-    /// The runtime, for futures that the caller polls.
+    /// Whether the interpreter exits: nothing runs here any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.runtime.lock().is_none()
+    }
+
+    /// The runtime.
     pub(super) fn handle(&self) -> &Handle {
         &self.handle
     }

@@ -337,7 +337,10 @@ impl BlockingTokenStream {
     fn __next__(&self, py: Python<'_>) -> PyResult<Option<PyTokenEvent>> {
         let channel = self.0.channel()?;
         let taken = match channel.take(false) {
-            Taken::Nothing => bridge::block_on_any(py, channel.next())?,
+            Taken::Nothing => {
+                let channel = Arc::clone(channel);
+                bridge::block_on_any(py, async move { channel.next().await })?
+            }
             taken => taken,
         };
         match taken {
@@ -351,7 +354,8 @@ impl BlockingTokenStream {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let channel = self.0.channel()?;
         channel.close();
-        bridge::block_on_any(py, channel.ended.cancelled())
+        let ended = channel.ended.clone();
+        bridge::block_on_any(py, async move { ended.cancelled().await })
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
