@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -38,7 +39,9 @@ def uvloop() -> asyncio.AbstractEventLoop:
 
 
 loops = pytest.mark.parametrize(
-    "new_loop", [asyncio.SelectorEventLoop, WatchesNothing, uvloop], ids=["asyncio", "watches-nothing", "uvloop"]
+    "new_loop",
+    [asyncio.SelectorEventLoop, WatchesNothing, uvloop],
+    ids=["asyncio", "watches-nothing", "uvloop"],
 )
 
 
@@ -54,7 +57,7 @@ def run(new_loop: Callable[[], asyncio.AbstractEventLoop], work: Coroutine[Any, 
 
 
 def descriptors() -> int:
-    return len(os.listdir("/dev/fd"))
+    return len(list(Path("/dev/fd").iterdir()))
 
 
 # === event loops ===
@@ -200,7 +203,7 @@ def test_a_thread_that_waits_lets_others_run(controller: ControllerNode) -> None
     other.start()
     try:
         before = counted
-        with pytest.raises(TimeoutError, match="0 of 1 workers are online after 0.2 s"):
+        with pytest.raises(TimeoutError, match=r"0 of 1 workers are online after 0\.2 s"):
             controller.wait_for_workers_blocking(1, timeout=0.2)
         assert counted > before
     finally:
