@@ -33,6 +33,7 @@ def start() -> None:
     global _thread, _process  # noqa: PLW0603 there is one of it for each process
     if _process != os.getpid():
         _process = os.getpid()
+        _take(0.0)  # from here on the core knows what is wanted
         _thread = threading.Thread(target=_run, name="mlx_serving_router-logs", daemon=True)
         _thread.start()
 
@@ -45,11 +46,18 @@ def stop() -> None:
 
 
 def _run() -> None:
-    while (batch := _native.take_logs(min(_ROOT.getEffectiveLevel(), 255), _LOOK_EVERY)) is not None:
-        for record in batch:
-            # A handler that raises is the application's affair; later records are still wanted.
-            with contextlib.suppress(Exception):
-                _hand_over(record)
+    while _take(_LOOK_EVERY):
+        pass
+
+
+def _take(timeout: float) -> bool:
+    """Wait for a batch and hand it over; false where nothing will come any more."""
+    batch = _native.take_logs(min(_ROOT.getEffectiveLevel(), 255), timeout)
+    for record in batch or ():
+        # A handler that raises is the application's affair; later records are still wanted.
+        with contextlib.suppress(Exception):
+            _hand_over(record)
+    return batch is not None
 
 
 def _hand_over(taken: _LogRecord) -> None:

@@ -205,12 +205,12 @@ impl PyInferenceResponse {
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let answer = &*self.0;
         Ok(format!(
-            "InferenceResponse(text={}, finish_reason='{}', worker_id='{}', model_id={:?}, request_id={:?}, usage={})",
+            "InferenceResponse(text={}, finish_reason='{}', worker_id='{}', model_id={}, request_id={}, usage={})",
             shown(py, &answer.text)?,
             answer.finish_reason.as_str(),
             answer.worker_id,
-            answer.model_id,
-            answer.request_id,
+            super::quoted(&answer.model_id),
+            super::quoted(&answer.request_id),
             PyUsage(answer.usage).__repr__(),
         ))
     }

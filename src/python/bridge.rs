@@ -31,9 +31,9 @@ const ABORT_WITHIN: Duration = Duration::from_secs(1);
 pub(super) struct Call(OfProcess<Inner>);
 
 struct Inner {
-    waiter: Arc<Waiter>,
     outcome: Arc<dyn Outcome>,
-    work: AbortHandle,
+    /// Who waits, and for what; none where the outcome was there from the beginning.
+    waits: Option<(Arc<Waiter>, AbortHandle)>,
 }
 
 /// Where the work leaves its result.
@@ -95,7 +95,14 @@ where
             drop(end);
         }
     });
-    let inner = Inner { waiter, outcome, work: work.abort_handle() };
+    let inner = Inner { outcome, waits: Some((waiter, work.abort_handle())) };
+    Ok(Bound::new(py, Call(OfProcess::new("awaitable", inner)))?.into_any())
+}
+
+/// An awaitable for what is there already; the event loop has nothing to do with it.
+pub(super) fn ready(py: Python<'_>, value: Py<PyAny>) -> PyResult<Bound<'_, PyAny>> {
+    let outcome = Arc::new(Slot(Mutex::new((Some(value), Some(|_: Python<'_>, value| Ok(value))))));
+    let inner = Inner { outcome, waits: None };
     Ok(Bound::new(py, Call(OfProcess::new("awaitable", inner)))?.into_any())
 }
 
@@ -202,12 +209,13 @@ impl Call {
         if let Some(result) = inner.outcome.take(py) {
             return Err(PyStopIteration::new_err((result?,)));
         }
-        let future = inner.waiter.blocking_future(py)?;
-        future.ok_or_else(|| PyRuntimeError::new_err("the work was given up, or awaited before"))
+        let future = inner.waits.as_ref().map(|(waiter, _)| waiter.blocking_future(py)).transpose()?;
+        future.flatten().ok_or_else(|| PyRuntimeError::new_err("the work was given up, or awaited before"))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        self.0.if_here().map_or(Ok(()), |inner| inner.waiter.traverse(&visit))
+        let waits = self.0.if_here().and_then(|inner| inner.waits.as_ref());
+        waits.map_or(Ok(()), |(waiter, _)| waiter.traverse(&visit))
     }
 
     fn __clear__(&self) {
@@ -217,9 +225,9 @@ impl Call {
 
 impl Call {
     fn give_up(&self) {
-        if let Some(inner) = self.0.if_here() {
-            inner.work.abort();
-            inner.waiter.forget();
+        if let Some((waiter, work)) = self.0.if_here().and_then(|inner| inner.waits.as_ref()) {
+            work.abort();
+            waiter.forget();
         }
     }
 }

@@ -198,8 +198,14 @@ impl PyWorkerInfo {
     fn __repr__(&self) -> String {
         let worker = &self.0;
         format!(
-            "WorkerInfo(worker_id='{}', status='{}', phase='{}', models={:?}, in_flight={}, breaker='{}', last_seen_ms={})",
-            worker.worker_id, worker.status, worker.phase, worker.models, worker.in_flight, worker.breaker, worker.last_seen_ms,
+            "WorkerInfo(worker_id='{}', status='{}', phase='{}', models={}, in_flight={}, breaker='{}', last_seen_ms={})",
+            worker.worker_id,
+            worker.status,
+            worker.phase,
+            super::quoted_list(&worker.models),
+            worker.in_flight,
+            worker.breaker,
+            worker.last_seen_ms,
         )
     }
 }
@@ -255,9 +261,14 @@ impl PyClusterStatus {
     fn __repr__(&self) -> String {
         let ClusterStatus { controller_id, state, workers, requests, models, .. } = &self.0;
         format!(
-            "ClusterStatus(controller_id={controller_id:?}, state='{state}', workers={} of {} online, requests={} active and {} \
-             completed, models={models:?})",
-            workers.online, workers.total, requests.active, requests.completed,
+            "ClusterStatus(controller_id={}, state='{state}', workers={} of {} online, requests={} active and {} \
+             completed, models={})",
+            super::quoted(controller_id),
+            workers.online,
+            workers.total,
+            requests.active,
+            requests.completed,
+            super::quoted_list(models),
         )
     }
 }

@@ -161,9 +161,9 @@ impl PyRequestMetadata {
         let metadata = &*self.0;
         let worker = metadata.selected_worker.as_ref().map_or("None".to_owned(), |worker| format!("'{worker}'"));
         format!(
-            "RequestMetadata(request_id={:?}, model_id={:?}, status='{}', selected_worker={worker}, retry_count={}, tokens={})",
-            metadata.request_id,
-            metadata.model_id,
+            "RequestMetadata(request_id={}, model_id={}, status='{}', selected_worker={worker}, retry_count={}, tokens={})",
+            super::quoted(&metadata.request_id),
+            super::quoted(&metadata.model_id),
             metadata.status.as_str(),
             metadata.retry_count,
             metadata.tokens,

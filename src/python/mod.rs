@@ -90,6 +90,16 @@ fn reduce<'py>(object: &Bound<'py, PyAny>, fields: Bound<'py, PyAny>) -> PyResul
     (from_dict, (fields,)).into_pyobject(py)
 }
 
+/// For `__repr__`: a text in Python's usual quotes.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'").replace(char::is_control, "?"))
+}
+
+/// For `__repr__`: a list of texts.
+fn quoted_list(texts: &[String]) -> String {
+    format!("[{}]", texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(", "))
+}
+
 /// For `__hash__`.
 fn hash<T: Hash>(value: &T) -> u64 {
     let mut hasher = DefaultHasher::new();

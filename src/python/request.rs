@@ -297,7 +297,11 @@ impl PyInferenceRequest {
     /// Prompts are never shown, only their sizes.
     fn __repr__(&self) -> String {
         let request = &*self.0;
-        let mut shown = format!("InferenceRequest(request_id={:?}, model_id={:?}", request.request_id, request.model_id);
+        let mut shown = format!(
+            "InferenceRequest(request_id={}, model_id={}",
+            super::quoted(&request.request_id),
+            super::quoted(&request.model_id)
+        );
         if let Some(prompt) = &request.prompt {
             shown.push_str(&format!(", prompt=<{} bytes>", prompt.len()));
         }
@@ -311,7 +315,7 @@ impl PyInferenceRequest {
             shown.push_str(&format!(", temperature={temperature}"));
         }
         if let Some(session_id) = &request.session_id {
-            shown.push_str(&format!(", session_id={session_id:?}"));
+            shown.push_str(&format!(", session_id={}", super::quoted(session_id)));
         }
         shown.push(')');
         shown
@@ -364,6 +368,6 @@ fn priority(value: &Bound<'_, PyAny>) -> PyResult<Priority> {
         "high" => Ok(Priority::High),
         "normal" | "medium" => Ok(Priority::Normal),
         "low" => Ok(Priority::Low),
-        other => Err(PyValueError::new_err(format!("priority is {other:?}; 'high', 'normal' or 'low' is right"))),
+        other => Err(PyValueError::new_err(format!("priority is {}; 'high', 'normal' or 'low' is right", super::quoted(other)))),
     }
 }

@@ -248,7 +248,7 @@ impl PyRouter {
     }
 
     fn __repr__(&self) -> String {
-        format!("<Router workers={} models={:?}>", self.router.online(), self.router.models())
+        format!("<Router workers={} models={}>", self.router.online(), super::quoted_list(&self.router.models()))
     }
 }
 

@@ -128,7 +128,7 @@ impl Reader {
             Some(End::Failed(error)) => error.code().as_str(),
             Some(End::Closed) => "closed",
         };
-        Ok(format!("<{name} request_id={:?} worker_id='{}' {state}>", channel.request_id, queue.worker_id))
+        Ok(format!("<{name} request_id={} worker_id='{}' {state}>", super::quoted(&channel.request_id), queue.worker_id))
     }
 }
 
@@ -274,12 +274,14 @@ impl PyTokenStream {
     fn aclose<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let channel = Arc::clone(self.0.channel()?);
         channel.close();
+        if channel.ended.is_cancelled() {
+            return bridge::ready(py, py.None());
+        }
         bridge::awaitable_with(py, async move { channel.ended.cancelled().await }, |py, ()| Ok(py.None()))
     }
 
     fn __aenter__<'py>(slf: Bound<'py, Self>, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let entered = slf.unbind();
-        bridge::awaitable_with(py, std::future::ready(()), move |_, ()| Ok(entered.into_any()))
+        bridge::ready(py, slf.into_any().unbind())
     }
 
     #[pyo3(signature = (kind, error, traceback, /))]
