@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
     from mlx_serving_router._types import BreakerStats
+    from mlx_serving_router._worker import _Runner
 
 __all__ = ["ControllerNode"]
 
@@ -77,6 +78,10 @@ class ControllerNode:
         if settings["nats"]["mode"] == "embedded":
             self._nats = NatsServer(settings["nats"]["embedded"]["port"])
         self._started = False
+        #: Whether it was started in the blocking way; `None` before.
+        self._blocking: bool | None = None
+        #: Local workers whose handlers wait for the start to say where they run.
+        self._waiting: list[_Runner] = []
         _logs.start()
 
     def __repr__(self) -> str:
@@ -106,7 +111,7 @@ class ControllerNode:
             ControllerError: NATS_ERROR: no NATS server, or none that can be used. CONTROLLER_NOT_READY: it was started
                 before.
         """
-        self._begin()
+        self._begin(blocking=False)
         try:
             if self._nats is not None:
                 await asyncio.to_thread(self._nats.start)
@@ -140,7 +145,7 @@ class ControllerNode:
         await self.stop(self._patience(error))
 
     def __enter__(self) -> Self:
-        self._begin()
+        self._begin(blocking=True)
         try:
             if self._nats is not None:
                 self._nats.start()
@@ -334,13 +339,27 @@ class ControllerNode:
 
     # === inside ===
 
-    def _begin(self) -> None:
+    def _begin(self, *, blocking: bool) -> None:
         if self._started or self.state is not ControllerState.IDLE:
             raise ControllerError(
                 ControllerErrorCode.CONTROLLER_NOT_READY,
                 f"a controller starts once, and this one was started before (it is {self.state}); make a new one",
             )
         self._started = True
+        self._blocking = blocking
+        for runner in self._waiting:
+            runner.begin(blocking=blocking)
+        self._waiting.clear()
+
+    def _join_local(self, runner: _Runner) -> None:
+        """Attach a local worker, and have its handler run where requests are waited for."""
+        runner.native.start_local(self._native)
+        if not runner.is_handler:
+            return
+        if self._blocking is None:
+            self._waiting.append(runner)  # a loop that `generate` blocks could not run it meanwhile
+            return
+        runner.begin(blocking=self._blocking)
 
     @property
     def _nats_url(self) -> str | None:

@@ -883,6 +883,143 @@ class Lease:
         /,
     ) -> None: ...
 
+# === worker.rs, job.rs ===
+
+@final
+class Worker:
+    """The worker of the core; `WorkerNode` is its public face."""
+
+    def __new__(
+        cls,
+        config: ClusterConfig,
+        *,
+        models: Sequence[str],
+        worker_id: str | None = None,
+        max_concurrent: int = 1,
+        max_queue: int = 64,
+        features: Sequence[str] = ...,
+    ) -> Self: ...
+    @property
+    def worker_id(self) -> str:
+        """Its name."""
+    @property
+    def incarnation(self) -> str:
+        """This life of it."""
+    @property
+    def state(self) -> Literal["idle", "starting", "ready", "draining", "stopped"]:
+        """Where it is in its life."""
+    @property
+    def models(self) -> list[str]:
+        """What it serves."""
+    def jobs(self) -> JobQueue:
+        """The work for its engine."""
+
+    def run_engine(self, engine: object) -> None:
+        """Call `engine.run` with the queue on a thread of its own. Once."""
+
+    def engine_error(self) -> BaseException | None:
+        """What the engine raised; `None` where it raised nothing."""
+
+    def engine_joined(self, timeout: float) -> Call:
+        """Wait until the engine's thread is gone. False: it is still there after so many seconds."""
+
+    def engine_joined_blocking(self, timeout: float) -> bool:
+        """As `engine_joined`, blocking."""
+
+    def engine_ready_blocking(self) -> None:
+        """Wait until the engine can take work."""
+
+    def start(self) -> Call:
+        """Connect, wait for the engine, register."""
+
+    def start_blocking(self) -> None:
+        """As `start`, blocking."""
+
+    def start_local(self, controller: Controller) -> None:
+        """Join a controller of this process, whose engine is ready. Returns at once."""
+
+    def stop(self, drain_timeout: float) -> Call:
+        """Stop: running jobs may finish for so many seconds."""
+
+    def stop_blocking(self, drain_timeout: float) -> None:
+        """As `stop`, blocking."""
+
+    def begin_stop(self, drain_timeout: float) -> None:
+        """As `stop`, without waiting for it."""
+
+    def wait(self) -> Call:
+        """Return when it has stopped; raise why where it did so by itself."""
+
+    def wait_blocking(self) -> None:
+        """As `wait`, blocking."""
+
+@final
+class JobQueue:
+    """The work of one engine, in the order in which it is to be done."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the worker is stopping and no further job will come."""
+    def get(self, timeout: float | None = None) -> Job | None:
+        """The next job; `None` when so many seconds have passed or the queue is closed."""
+
+    def next(self) -> Call:
+        """The next job, awaited; `None` when the queue is closed."""
+
+    def report(
+        self,
+        phase: Literal["loading", "ready", "draining"],
+        *,
+        loaded_models: Sequence[str] = ...,
+        loading_models: Sequence[str] = ...,
+    ) -> None:
+        """What heartbeats say from now on. The first `ready` lets the worker register."""
+
+@final
+class Job:
+    """One attempt at one request."""
+
+    @property
+    def request(self) -> InferenceRequest:
+        """What is asked for."""
+    @property
+    def attempt(self) -> int:
+        """1 for the first worker that was asked, 2 for the second, and so on."""
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits any more: cancelled, past its deadline, or the worker is stopping."""
+    @property
+    def has_room(self) -> bool:
+        """Whether the answer goes out as fast as it comes."""
+    def token(self, text: str, token_ids: Sequence[int] = ...) -> None:
+        """Deliver a piece of the answer. One that nobody takes off holds up the engine, for a second at most."""
+
+    def event(self, event: TokenEvent) -> None:
+        """Deliver a piece of the answer, without waiting: the caller looks at `has_room` and awaits `room`."""
+
+    def piece(self, text: str) -> None:
+        """As `event`, for a text alone."""
+
+    def room(self) -> Call:
+        """Return when `has_room`."""
+
+    def gone(self) -> Call:
+        """Return when `cancelled`."""
+
+    def done(
+        self,
+        finish_reason: str = "stop",
+        *,
+        prompt_tokens: int = 0,
+        completion_tokens: int | None = None,
+        cached_tokens: int = 0,
+        tool_calls: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """End the job with success. `completion_tokens` is counted where it is `None`."""
+
+    def error(self, code: str, message: str, *, retry_after_ms: int | None = None) -> None:
+        """End the job with a failure."""
+
 # === openai.rs ===
 
 @final

@@ -31,7 +31,7 @@ fn options(timeout: Option<f64>, worker_id: Option<String>, traceparent: Option<
     Ok(CallOptions { timeout, worker_id, traceparent: traceparent.map(Arc::from) })
 }
 
-fn duration(name: &str, seconds: f64) -> Result<Duration, ControllerError> {
+pub(super) fn duration(name: &str, seconds: f64) -> Result<Duration, ControllerError> {
     Duration::try_from_secs_f64(seconds)
         .map_err(|_| ControllerError::validation(name, format!("is {seconds}; a number of seconds of at least 0 is right")))
 }

@@ -5,7 +5,7 @@
 //! | `runtime`, `event_loop`, `wake`, `bridge` | the tokio runtime, and how Python waits for it |
 //! | `errors`, `json`, `logs` | what crosses the border in passing |
 //! | `request`, `answer`, `metadata`, `fleet`, `events`, `config` | data, frozen |
-//! | `controller`, `stream`, `router`, `openai` | what does something |
+//! | `controller`, `stream`, `router`, `worker`, `job`, `openai` | what does something |
 //!
 //! The public face of all this is Python, in `python/mlx_serving_router`; `_native.pyi` describes it for type checkers.
 
@@ -17,6 +17,7 @@ mod errors;
 mod event_loop;
 mod events;
 mod fleet;
+mod job;
 mod json;
 mod logs;
 mod metadata;
@@ -26,6 +27,7 @@ mod router;
 mod runtime;
 mod stream;
 mod wake;
+mod worker;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -52,6 +54,8 @@ mod _native {
     #[pymodule_export]
     use super::fleet::{PyClusterStatus, PyWorkerInfo};
     #[pymodule_export]
+    use super::job::{PyJob, PyJobQueue};
+    #[pymodule_export]
     use super::logs::{close_logs, take_logs};
     #[pymodule_export]
     use super::metadata::PyRequestMetadata;
@@ -65,6 +69,8 @@ mod _native {
     use super::runtime::shutdown;
     #[pymodule_export]
     use super::stream::{BlockingTokenStream, Next, PyTokenStream, TokenBatches};
+    #[pymodule_export]
+    use super::worker::PyWorker;
     use super::*;
 
     #[pymodule_init]

@@ -2,7 +2,7 @@
 //!
 //! | file | it does |
 //! |---|---|
-//! | `runtime` | the life of a worker: start, drain, stop |
+//! | `runtime`, `options` | the life of a worker: start, drain, stop |
 //! | `membership`, `rivals`, `machine`, `board` | what the fleet is told, and who else claims the same name |
 //! | `intake` | where attempts come in |
 //! | `desk`, `cancels`, `liveness`, `tally` | order, places, deadlines, cancellations |
@@ -18,10 +18,12 @@ mod job;
 mod liveness;
 mod machine;
 mod membership;
+mod options;
 mod outbox;
 mod rivals;
 mod runtime;
 mod tally;
 
 pub use job::{Job, JobQueue};
-pub use runtime::{Worker, WorkerOptions, WorkerState};
+pub use options::WorkerOptions;
+pub use runtime::{Worker, WorkerState};

@@ -14,7 +14,8 @@ use super::intake;
 use super::job::JobQueue;
 use super::machine;
 use super::membership::{Membership, Stage};
-use crate::config::{ClusterConfig, NatsConfig, NatsMode, ServerUrls};
+use super::options::{self, WorkerOptions};
+use crate::config::{ClusterConfig, NatsConfig};
 use crate::error::{ControllerError, ControllerErrorCode, epoch_ms};
 use crate::transport::LocalPort;
 use crate::transport::nats::{NatsConnection, WorkerService};
@@ -38,21 +39,6 @@ pub enum WorkerState {
     Draining,
     /// It is over.
     Stopped,
-}
-
-/// What a worker is.
-#[derive(Clone, Debug)]
-pub struct WorkerOptions {
-    /// Its name; made of the host's name where none is given.
-    pub worker_id: Option<WorkerId>,
-    /// What it serves.
-    pub models: Vec<String>,
-    /// How many jobs the engine works on at a time, at least 1; 0: no limit (local workers).
-    pub max_concurrent: u32,
-    /// How many more may wait.
-    pub max_queue: u32,
-    /// What it can do beyond answering; `cancel` is the runtime's own and always among them.
-    pub features: Vec<Feature>,
 }
 
 /// A worker. Clones are the same one; when the last is dropped, it stops at once.
@@ -106,7 +92,7 @@ impl Worker {
     /// REQUEST_VALIDATION_FAILED: no model, or an unsuitable name of one.
     pub fn new(options: WorkerOptions, config: &ClusterConfig) -> Result<Self, ControllerError> {
         let WorkerOptions { worker_id, models, max_concurrent, max_queue, mut features } = options;
-        let models = check_models(models)?;
+        let models = options::models(models)?;
         let hostname = machine::host_name();
         let id = worker_id.unwrap_or_else(|| machine::default_worker_id(&hostname));
         let incarnation = format!("{:032x}", fastrand::u128(..));
@@ -168,6 +154,14 @@ impl Worker {
     #[must_use]
     pub fn jobs(&self) -> JobQueue {
         JobQueue::new(self.0.0.desk.clone())
+    }
+
+    /// Returns when the engine has said that it can take work. Needs no start.
+    ///
+    /// # Errors
+    /// MODEL_LOAD_FAILED with the engine's own words where it ended before.
+    pub async fn engine_ready(&self) -> Result<(), ControllerError> {
+        self.0.0.engine_ready().await
     }
 
     /// Connects to NATS, waits for the engine's first `Ready`, subscribes and registers. `nats_url` stands in place of
@@ -315,7 +309,7 @@ impl Inner {
     }
 
     async fn join_fleet(self: &Arc<Self>, nats_url: Option<String>) -> Result<(), ControllerError> {
-        let config = reachable(&self.nats, nats_url)?;
+        let config = options::reachable(&self.nats, nats_url)?;
         let connection = NatsConnection::connect(&config, &format!("mlx-worker {}", self.id)).await?;
         let joined = self.join_over(&connection, &config).await;
         if joined.is_err() {
@@ -470,47 +464,6 @@ impl Drop for Starting<'_> {
             inner.over(Ok(()));
         }
     }
-}
-
-fn check_models(models: Vec<String>) -> Result<Vec<String>, ControllerError> {
-    if models.is_empty() {
-        return Err(ControllerError::validation("models", "is empty; name at least one model that the worker serves"));
-    }
-    let mut checked: Vec<String> = Vec::with_capacity(models.len());
-    for model in models {
-        if model.is_empty() || model.len() > 512 || model.chars().any(char::is_control) {
-            let shown: String = model.chars().take(80).collect();
-            let message = format!("{shown:?} is no name of a model: 1 to 512 bytes without control characters are allowed");
-            return Err(ControllerError::validation("models", message));
-        }
-        if !checked.contains(&model) {
-            checked.push(model);
-        }
-    }
-    Ok(checked)
-}
-
-/// Where NATS is for a worker, which starts no server of its own.
-fn reachable(config: &NatsConfig, url: Option<String>) -> Result<NatsConfig, ControllerError> {
-    let refused = |message: &str| Err(ControllerError::new(ControllerErrorCode::NatsError, message));
-    let servers = match (url, config.mode, config.embedded.port) {
-        (Some(url), _, _) => ServerUrls::One(url),
-        (None, NatsMode::External, _) => config.server_url.clone(),
-        (None, NatsMode::None, _) => {
-            return refused(
-                "nats.mode is none, and a worker of its own process is reached over NATS alone: set nats.mode to external and \
-                 nats.serverUrl to the server, or add the worker to its controller with add_local_worker",
-            );
-        }
-        (None, NatsMode::Embedded, 0) => {
-            return refused(
-                "nats.embedded.port is 0, any free port, so the worker cannot know where its controller's NATS server listens: \
-                 set the port, or set nats.mode to external and nats.serverUrl to the server",
-            );
-        }
-        (None, NatsMode::Embedded, port) => ServerUrls::One(format!("nats://127.0.0.1:{port}")),
-    };
-    Ok(NatsConfig { server_url: servers, ..config.clone() })
 }
 
 /// What `$SRV.STATS` shows.

@@ -1,6 +1,8 @@
 //! The worker's runtime through its public surface: over a port of this process in paused time, and over a real
 //! nats-server.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
 mod desk;
 mod fleet;
 mod nats;
