@@ -102,8 +102,13 @@ impl Waiter {
         drop(future);
     }
 
-    /// For the garbage collector: the future refers to the task that waits.
-    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+    /// For the garbage collector: the future refers to the task that waits. As long as somebody else holds the waiter, to
+    /// wake it, nothing is shown: the future, its task and all that it refers to are in use then, though no Python object
+    /// says so, and would be collected in the middle of the work. Unless the loop is closed, where nobody is woken.
+    pub(super) fn traverse(self: &Arc<Self>, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        if Arc::strong_count(self) > 1 && !self.door.is_closed() {
+            return Ok(());
+        }
         match self.future.try_lock() {
             Some(future) => visit.call(&*future),
             None => Ok(()),
@@ -237,6 +242,11 @@ impl Door {
                 error.write_unraisable(py, None);
             }
         }
+    }
+
+    /// Whether the loop is no more, as far as is known without waiting.
+    fn is_closed(&self) -> bool {
+        self.ready.try_lock().is_some_and(|ready| ready.closed)
     }
 
     fn close(&self) {
