@@ -157,7 +157,8 @@ impl PyWorker {
 
     /// Waits until the engine can take work.
     fn engine_ready_blocking(&self, py: Python<'_>) -> PyResult<()> {
-        bridge::block_on(py, self.0.get()?.worker.engine_ready())
+        let worker = self.0.get()?.worker.clone();
+        bridge::block_on(py, async move { worker.engine_ready().await })
     }
 
     /// Connects, waits for the engine, registers.
@@ -168,7 +169,8 @@ impl PyWorker {
 
     /// As `start`, blocking.
     fn start_blocking(&self, py: Python<'_>) -> PyResult<()> {
-        bridge::block_on(py, self.0.get()?.worker.start(None))
+        let worker = self.0.get()?.worker.clone();
+        bridge::block_on(py, async move { worker.start(None).await })
     }
 
     /// Joins a controller of this process, whose engine is ready. Returns at once.
@@ -193,7 +195,8 @@ impl PyWorker {
     /// As `stop`, blocking.
     fn stop_blocking(&self, py: Python<'_>, drain_timeout: f64) -> PyResult<()> {
         let drain_timeout = errors::unwrap(py, duration("drain_timeout", drain_timeout))?;
-        bridge::block_on_any(py, self.0.get()?.worker.stop(drain_timeout))
+        let worker = self.0.get()?.worker.clone();
+        bridge::block_on_any(py, async move { worker.stop(drain_timeout).await })
     }
 
     /// As `stop`, without waiting for it.
@@ -211,7 +214,8 @@ impl PyWorker {
 
     /// As `wait`, blocking.
     fn wait_blocking(&self, py: Python<'_>) -> PyResult<()> {
-        bridge::block_on(py, self.0.get()?.worker.wait())
+        let worker = self.0.get()?.worker.clone();
+        bridge::block_on(py, async move { worker.wait().await })
     }
 }
 
