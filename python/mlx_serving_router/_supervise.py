@@ -4,7 +4,8 @@
 
 The way to end a child together with its parent that every system offers: the parent keeps a pipe open, and the kernel
 closes it however the parent ends, SIGKILL included. On end of file (or any byte) the program gets SIGTERM, and SIGKILL
-if it is still there after two seconds; then DIRECTORY, the program's scratch space, is removed.
+if it is still there after two seconds; then DIRECTORY, the program's scratch space, is removed (an empty name: it has
+none).
 
 Standard output tells the parent two things, a line each: the program's process id once it runs, and its exit status
 once it has ended. A program that ends by itself leaves its directory in place, for its parent to read the logs, until
@@ -44,7 +45,8 @@ def main(directory: str, command: list[str]) -> None:
         watch.join(_TERMINATE_SECONDS)
         child.kill()  # does nothing to one that has ended
         watch.join()
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _tell(number: int) -> None:

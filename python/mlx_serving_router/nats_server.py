@@ -14,10 +14,7 @@ import json
 import logging
 import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from mlx_serving_router.processes import ChildProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,11 +34,8 @@ __all__ = ["NatsServer", "NatsServerError"]
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 10.0
-#: More than the supervisor takes at most (_supervise.py: two seconds, then SIGKILL).
-_STOP_SECONDS = 5.0
 _PROBE_SECONDS = 2.0
 _LOG_TAIL_LINES = 20
-_SUPERVISOR = Path(__file__).with_name("_supervise.py")
 
 _logger = logging.getLogger(__name__)
 
@@ -154,49 +150,33 @@ class NatsServer:
         child = self._child
         if child is None or child.pid is None:
             raise NatsServerError(f"the NATS server at {self.url} was not started here")
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, signal.SIGKILL)
-        child.ended.wait(_STOP_SECONDS)
+        child.kill()
 
 
 # === one run of the server ===
 
 
-class _Child:
-    """One supervised nats-server: two processes, a directory, and a thread that listens to the supervisor."""
+class _Child(ChildProcess):
+    """One run of the nats-server program, with its directory."""
 
     def __init__(self, port: int, on_exit: Callable[[int], None] | None) -> None:
         program = _find_program()
-        self.pid: int | None = None
-        self.status: int | None = None
-        #: Set when the server has ended, in whatever way.
-        self.ended = threading.Event()
-        self._on_exit = on_exit
-        self._owner = os.getpid()
         self._ready = False
-        self._closing = False
-        self._directory = Path(tempfile.mkdtemp(prefix="mlx-serving-router-nats-"))
+        self._tell = on_exit
+        self._files = Path(tempfile.mkdtemp(prefix="mlx-serving-router-nats-"))
         try:
-            configuration = self._directory / "nats-server.conf"
-            configuration.write_text(_configuration(self._directory, port), encoding="utf-8")
-            with (self._directory / "stderr.log").open("wb") as errors:
-                self._supervisor = subprocess.Popen(
-                    [sys.executable, "-I", "-S", _SUPERVISOR, self._directory, program, "-c", configuration],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    bufsize=0,  # a buffer's lock, held by the listening thread, would be in the way at interpreter exit
-                    start_new_session=True,  # out of reach of the terminal's Ctrl-C
+            configuration = self._files / "nats-server.conf"
+            configuration.write_text(_configuration(self._files, port), encoding="utf-8")
+            with (self._files / "stderr.log").open("wb") as errors:
+                super().__init__(
+                    [program, "-c", configuration],
+                    directory=self._files,
+                    output=errors,
+                    on_exit=self._ended_by_itself,
                 )
         except BaseException:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            shutil.rmtree(self._files, ignore_errors=True)
             raise
-        self._watch = threading.Thread(target=self._listen, name="nats-server-watch", daemon=True)
-        self._watch.start()
-
-    @property
-    def running(self) -> bool:
-        return not self.ended.is_set()
 
     def wait_until_ready(self) -> int:
         """Returns the port once the server accepts connections there.
@@ -217,57 +197,17 @@ class _Child:
         self._ready = True
         return port
 
-    def close(self) -> None:
-        """Stops the server if it runs, waits until it is gone, and removes the directory."""
-        if os.getpid() != self._owner:
-            return  # a forked child holds a copy of its parent's server
-        self._closing = True
-        pipe = self._supervisor.stdin
-        if pipe is not None:
-            # The byte counts where a forked child of ours still holds the pipe open.
-            with contextlib.suppress(OSError):
-                pipe.write(b"\n")
-            with contextlib.suppress(OSError):
-                pipe.close()
-        try:
-            self._supervisor.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._supervisor.kill()
-            self._supervisor.wait()
-        if threading.current_thread() is not self._watch:
-            self._watch.join(_STOP_SECONDS)
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _listen(self) -> None:
-        """Takes down what the supervisor says: the server's process id, then its exit status, then end of file."""
-        pipe = self._supervisor.stdout
-        if pipe is None:
+    def _ended_by_itself(self, status: int) -> None:
+        if not self._ready:
             return
-        with pipe:
-            for line in pipe:
-                if self.pid is None:
-                    self.pid = int(line)
-                else:
-                    self._note_end(int(line))
-        if self.pid is not None and self.status is None:
-            # The supervisor itself was killed: its server is nobody's now.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            self._note_end(-signal.SIGKILL)
-        self.ended.set()
-
-    def _note_end(self, status: int) -> None:
-        self.status = status
-        self.ended.set()
-        if self._ready and not self._closing:
-            _logger.error(
-                "the embedded nats-server (process %s) ended by itself, exit status %s", self.pid, status
-            )
-            if self._on_exit is not None:
-                self._on_exit(status)
+        _logger.error(
+            "the embedded nats-server (process %s) ended by itself, exit status %s", self.pid, status
+        )
+        if self._tell is not None:
+            self._tell(status)
 
     def _port_from_file(self) -> int | None:
-        for file in self._directory.glob("*.ports"):
+        for file in self._files.glob("*.ports"):
             with contextlib.suppress(ValueError, LookupError, OSError):  # read while it is written
                 url: str = json.loads(file.read_text(encoding="utf-8"))["nats"][0]
                 return urlsplit(url).port
@@ -275,7 +215,7 @@ class _Child:
 
     def _log_tail(self) -> str:
         lines: list[str] = []
-        for file in sorted(self._directory.glob("*.log")):
+        for file in sorted(self._files.glob("*.log")):
             with contextlib.suppress(OSError):
                 lines += file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
         return "\n".join(lines) or "(nothing)"
