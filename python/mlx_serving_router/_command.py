@@ -1,0 +1,90 @@
+"""What the commands share: a configuration with options on top, failures told in words, signals that first ask.
+
+Knows nothing of controllers and workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from mlx_serving_router._native import ClusterConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator, Mapping
+    from pathlib import Path
+
+_T = TypeVar("_T")
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked; the message says why and what to do."""
+
+
+# === the configuration ===
+
+
+def load(path: Path | None) -> ClusterConfig:
+    """The configuration of a file, or the defaults; either way with the overrides of the environment.
+
+    Raises:
+        ConfigError: It cannot be used.
+    """
+    return ClusterConfig.load(os.devnull if path is None else path)  # an empty file means the defaults
+
+
+def changed(config: ClusterConfig, changes: Mapping[str, Any]) -> ClusterConfig:
+    """The configuration with some keys changed, which win over file and environment.
+
+    Raises:
+        ConfigError: A value cannot be used.
+    """
+    return ClusterConfig.from_dict(_merged(config.to_dict(), changes)) if changes else config
+
+
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(settings)
+    for key, value in changes.items():
+        result[key] = _merged(result[key], value) if isinstance(value, dict) else value
+    return result
+
+
+# === signals ===
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[asyncio.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield stopping
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def unless(stopping: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """Does the work; None when the event comes first: the work has been cancelled then, and has ended."""
+    task = asyncio.create_task(work)
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        stop.cancel()
+        if task.cancel():
+            await asyncio.wait((task,))

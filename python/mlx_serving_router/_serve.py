@@ -1,0 +1,152 @@
+"""The controller and its web front-end as a process of their own: `mlx-serving-router serve`.
+
+The controller is started before the front-end and stopped after it, so that a start that fails is told in words and
+requests that run may finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import uvicorn
+
+from mlx_serving_router._command import CommandError, stop_signals, unless
+from mlx_serving_router._controller import ControllerNode
+from mlx_serving_router.fastapi import create_app
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from mlx_serving_router._native import ClusterConfig
+
+_PORTS_TRIED: Final = 20
+_TAKEN: Final = (errno.EADDRINUSE, errno.EACCES)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A socket that listens, and how people reach it.
+
+    Attributes:
+        listener: The socket.
+        url: `http://127.0.0.1:8080`.
+        moved_from: The port that was asked for, where it was taken.
+    """
+
+    listener: socket.socket
+    url: str
+    moved_from: int | None = None
+
+
+def listen(host: str, port: int, *, search: bool = False) -> Address:
+    """Listens on an address.
+
+    Args:
+        host: A name or an address.
+        port: 0 takes any free one.
+        search: Whether to take the next free port where this one is taken.
+
+    Raises:
+        CommandError: The port is taken, or no such address is here.
+    """
+    last = min(port + _PORTS_TRIED, 65535) if search and port else port
+    for candidate in range(port, last + 1):
+        try:
+            return _listen(host, candidate, port)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise CommandError(
+                    f"cannot listen on {host}: {error.strerror}; --host takes an address of this machine"
+                    " (127.0.0.1: this machine alone, 0.0.0.0: every network it is in)"
+                ) from error
+            if error.errno == errno.EACCES and not search:
+                raise CommandError(
+                    f"port {port} needs more rights than this user has; choose one above 1023 with --port"
+                ) from error
+    raise CommandError(
+        f"port {port} on {host} is taken by another program: stop that one, or choose another port with --port"
+        " (0 takes any free one)"
+    )
+
+
+def _listen(host: str, port: int, wanted: int) -> Address:
+    family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
+    listener = socket.create_server(where[:2], family=family)
+    at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 only to be shown
+    shown = f"[{at}]" if ":" in at else at
+    actual = listener.getsockname()[1]
+    return Address(listener, f"http://{shown}:{actual}", wanted if wanted not in {0, actual} else None)
+
+
+@contextlib.asynccontextmanager
+async def front_end(
+    controller: ControllerNode, address: Address, drain_seconds: float
+) -> AsyncIterator[asyncio.Task[None]]:
+    """The front-end of a controller that runs; the task ends when it does."""
+    settings = uvicorn.Config(
+        create_app(controller=controller),
+        log_config=None,
+        access_log=False,  # the controller logs requests
+        ws="none",
+        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+    )
+    server = _Server(settings)
+    task = asyncio.create_task(server.serve(sockets=[address.listener]))
+    try:
+        yield task
+    finally:
+        server.should_exit = True
+        await asyncio.wait((task,))
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the command."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(config: ClusterConfig, address: Address, announce: Callable[[], None]) -> None:
+    """Runs a controller with its front-end until a signal comes.
+
+    Args:
+        config: The configuration.
+        address: Where the front-end listens.
+        announce: Called once it serves.
+
+    Raises:
+        ControllerError: The controller did not start.
+        NatsServerError: The embedded NATS server did not start.
+    """
+    drain = config.to_dict()["controller"]["drainTimeoutMs"] / 1000
+    controller = ControllerNode(config)
+    with stop_signals() as stopping:
+        try:
+            await unless(stopping, controller.start())
+            if stopping.is_set():
+                return
+            async with front_end(controller, address, drain) as ended:
+                announce()
+                await unless(stopping, _result(ended))
+        finally:
+            await controller.stop(drain)
+
+
+async def _result(task: asyncio.Task[None]) -> None:
+    await task
+
+
+def curl_line(url: str, model: str, *, with_key: bool) -> str:
+    """A request to try, for a shell."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    key = ' -H "authorization: Bearer $API_KEY"' if with_key else ""
+    return f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"

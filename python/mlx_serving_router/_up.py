@@ -1,0 +1,159 @@
+"""All in one: `mlx-serving-router up`. A NATS server, worker processes, and the controller with its front-end.
+
+Workers are programs of their own, started with the command `worker` and watched. Whatever ends this process ends them,
+and the embedded NATS server too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import sys
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving_router._command import CommandError, changed, stop_signals
+from mlx_serving_router._controller import ControllerNode
+from mlx_serving_router._serve import front_end
+from mlx_serving_router.nats_server import NatsServer
+from mlx_serving_router.processes import ChildProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mlx_serving_router._native import ClusterConfig
+    from mlx_serving_router._serve import Address
+
+#: Seconds that workers, idle by then, get to end after the controller has.
+_WORKER_SECONDS: Final = 10.0
+_DAY: Final = 86_400.0
+
+_logger = logging.getLogger(__name__)
+
+
+async def up(
+    config: ClusterConfig,
+    address: Address,
+    *,
+    workers: int,
+    worker_options: Sequence[str],
+    announce: Callable[[str], None],
+    online: Callable[[int], None],
+) -> None:
+    """Runs everything until a signal comes, or no worker is left.
+
+    Args:
+        config: The configuration; with `nats.mode: embedded` the server is started here.
+        address: Where the front-end listens.
+        workers: How many worker processes.
+        worker_options: What each gets on its command line beside its id and the embedded server's URL.
+        announce: Called once the front-end serves, with a description of the NATS server in use.
+        online: Called with the number of workers that are online, each time that it grows.
+
+    Raises:
+        CommandError: No worker is left.
+        ControllerError: The controller did not start.
+        NatsServerError: The embedded NATS server did not start.
+    """
+    settings = config.to_dict()
+    drain = settings["controller"]["drainTimeoutMs"] / 1000
+    with stop_signals() as stopping, contextlib.ExitStack() as stack:
+        options = list(worker_options)
+        described = "the one of the configuration"
+        own = False
+        if settings["nats"]["mode"] == "embedded":
+            server = NatsServer(settings["nats"]["embedded"]["port"])
+            stack.enter_context(await asyncio.to_thread(server.start))
+            described = f"{server.url} ({'joined' if server.joined else f'process {server.pid}'})"
+            own = not server.joined
+            # Passed on without a password: the embedded server has none.
+            options += ["--nats", server.url]
+            config = changed(config, {"nats": {"mode": "external", "serverUrl": server.url}})
+        team = _Team(asyncio.get_running_loop())
+        controller = ControllerNode(config)
+        try:
+            for number in range(1, workers + 1):
+                # Others may use the same NATS server, and a worker's name is its own.
+                name = f"worker-{number}" if own else f"worker-{number}-{secrets.token_hex(2)}"
+                team.start(name, options)
+            await controller.start()
+            async with front_end(controller, address, drain) as served:
+                announce(described)
+                waits = [
+                    asyncio.create_task(stopping.wait()),
+                    asyncio.create_task(team.all_ended.wait()),
+                    served,
+                ]
+                count = asyncio.create_task(_count(controller, workers, online))
+                try:
+                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in (count, *waits[:2]):
+                        task.cancel()
+                if served.done():
+                    served.result()
+        finally:
+            await controller.stop(drain)
+            await team.stop()
+    if not stopping.is_set() and team.all_ended.is_set():
+        raise CommandError(
+            "no worker is left: what each of them met is in the lines above; `mlx-serving-router worker` with the same"
+            " --model runs one alone"
+        )
+
+
+async def _count(controller: ControllerNode, workers: int, online: Callable[[int], None]) -> None:
+    for number in range(1, workers + 1):
+        await controller.wait_for_workers(number, timeout=_DAY)
+        online(number)
+
+
+class _Team:
+    """The worker processes. One that ends by itself is told of and not replaced."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        #: Every worker that was started has ended by itself.
+        self.all_ended = asyncio.Event()
+        self._loop = loop
+        self._running: dict[str, ChildProcess] = {}
+
+    def start(self, name: str, options: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "mlx_serving_router", "worker", "--id", name, *options]
+        self._running[name] = ChildProcess(
+            command, on_exit=lambda status: self._loop.call_soon_threadsafe(self._ended, name, status)
+        )
+
+    def _ended(self, name: str, status: int) -> None:
+        child = self._running.pop(name, None)
+        if child is None:
+            return
+        _logger.error(
+            "%s (process %s) ended by itself, %s; %s",
+            name,
+            child.pid,
+            _describe(status),
+            f"{len(self._running)} left" if self._running else "none is left",
+        )
+        if not self._running:
+            self.all_ended.set()
+
+    async def stop(self) -> None:
+        """Asks all to end, and returns when all have."""
+        await asyncio.gather(*(asyncio.to_thread(_end, child) for child in self._running.values()))
+
+
+def _end(child: ChildProcess) -> None:
+    child.terminate()
+    child.ended.wait(_WORKER_SECONDS)
+    child.close()
+
+
+def _describe(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"

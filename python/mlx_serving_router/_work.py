@@ -1,0 +1,80 @@
+"""A worker as a process of its own: `mlx-serving-router worker`.
+
+It ends by a signal, after its requests; or by itself, with an error, when its engine fails or another worker takes its
+name.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from mlx_serving_router._command import CommandError, stop_signals, unless
+from mlx_serving_router._worker import WorkerNode
+
+if TYPE_CHECKING:
+    from mlx_serving_router._native import ClusterConfig
+    from mlx_serving_router.engine import Engine
+
+#: Seconds that running requests get when a worker is told to end.
+DRAIN_SECONDS: Final = 60.0
+
+_logger = logging.getLogger(__name__)
+
+
+async def work(
+    engine: Engine, config: ClusterConfig, *, worker_id: str | None, max_concurrent: int | None
+) -> None:
+    """Runs a worker until a signal comes.
+
+    Args:
+        engine: What answers.
+        config: The configuration.
+        worker_id: The worker's name; one is made where it is None.
+        max_concurrent: How many requests it works on at a time; the runtime's default where it is None.
+
+    Raises:
+        ControllerError: NATS cannot be reached, or another worker has taken the name.
+        ModelLoadError: A model is missing or broken.
+        ValueError: The name or the limit is unsuitable.
+    """
+    options: dict[str, Any] = {} if max_concurrent is None else {"max_concurrent": max_concurrent}
+    node = WorkerNode(engine, config=config, worker_id=worker_id, **options)
+    with stop_signals() as stopping:
+        try:
+            _logger.info("worker %s loads %s", node.worker_id, ", ".join(engine.models))
+            await unless(stopping, node.start())
+            if not stopping.is_set():
+                _logger.info("worker %s is ready", node.worker_id)
+                await unless(stopping, node.wait())
+                if not stopping.is_set():
+                    raise CommandError(f"worker {node.worker_id} stopped, and nobody had told it to")
+            _logger.info("worker %s finishes what it has; a second signal ends it at once", node.worker_id)
+        finally:
+            await node.stop(DRAIN_SECONDS)
+    _logger.info("worker %s has ended", node.worker_id)
+
+
+def reachable(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a worker's configuration needs so that it finds NATS: it joins a server, it never starts one.
+
+    Args:
+        settings: `nats` of the configuration.
+
+    Raises:
+        CommandError: The configuration says of no NATS server.
+    """
+    if settings["mode"] == "external":
+        return {}
+    port = settings["embedded"]["port"]
+    if settings["mode"] == "none":
+        raise CommandError(
+            "a worker process is reached over NATS, and the configuration has nats.mode: none; give --nats URL, or"
+            " set nats.mode: external with nats.serverUrl"
+        )
+    if port == 0:
+        raise CommandError(
+            "the embedded NATS server of this configuration takes any free port (nats.embedded.port: 0), which a worker"
+            " cannot know; give --nats with the URL that the controller's process shows"
+        )
+    return {"nats": {"mode": "external", "serverUrl": f"nats://127.0.0.1:{port}"}}
