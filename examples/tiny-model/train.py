@@ -174,7 +174,9 @@ class Teacher:
         draw = self._random
         if draw.random() < 0.5:
             return draw.choice(self._corpus["names"])
-        syllables = "".join(draw.choice("bcdfghjklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3)))
+        syllables = "".join(
+            draw.choice("bcdfghjklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))
+        )
         return (syllables + draw.choice(["", "n", "r", "s", "l"])).capitalize()
 
     def _misspelled(self, question: str, *, keep_case: bool) -> str:

@@ -65,6 +65,7 @@ class ChildProcess:
         self._directory = directory
         self._owner = os.getpid()
         self._closing = False
+        self._lock = threading.Lock()
         self._supervisor = subprocess.Popen(
             [sys.executable, "-I", "-S", _SUPERVISOR, directory or "", *command],
             stdin=subprocess.PIPE,
@@ -103,13 +104,7 @@ class ChildProcess:
         if os.getpid() != self._owner:
             return  # a forked child holds a copy of its parent's program
         self._closing = True
-        pipe = self._supervisor.stdin
-        if pipe is not None:
-            # The byte counts where a forked child of ours still holds the pipe open.
-            with contextlib.suppress(OSError):
-                pipe.write(b"\n")
-            with contextlib.suppress(OSError):
-                pipe.close()
+        self._let_go()
         try:
             self._supervisor.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -119,6 +114,18 @@ class ChildProcess:
             self._watch.join(_CLOSE_SECONDS)
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _let_go(self) -> None:
+        """Tells the supervisor to end the program."""
+        pipe = self._supervisor.stdin
+        with self._lock:
+            if pipe is None or pipe.closed:
+                return
+            # The byte counts where a forked child of ours still holds the pipe open.
+            with contextlib.suppress(OSError):
+                pipe.write(b"\n")
+            with contextlib.suppress(OSError):
+                pipe.close()
 
     def _signal(self, number: int) -> None:
         if self.pid is not None and self.running:

@@ -1,0 +1,52 @@
+"""The README's programs run as they are written, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from programs import ROOT, program
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("examples/*/README.md"),
+]
+PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PRINTED = ["HELLO FROM ONE PROCESS \n", "to the worker and back \nstop 5\n"]
+
+
+def test_every_program_is_tested() -> None:
+    assert len(PROGRAMS) == len(PRINTED)
+
+
+@pytest.mark.parametrize(("source", "printed"), zip(PROGRAMS, PRINTED, strict=False), ids=["first", "nats"])
+def test_a_program_prints_what_it_should_and_ends_quietly(source: str, printed: str, tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text(source, encoding="utf-8")
+    with program(sys.executable, "-W", "error", file, scratch=tmp_path) as started:
+        assert started.ends() == 0, started.output
+    assert started.output == printed
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_within_the_project_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert missing == []
+
+
+def test_every_error_code_is_documented() -> None:
+    from mlx_serving_router import ControllerErrorCode
+
+    documented = re.findall(
+        r"^\| ([A-Z_]+) \|", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert set(documented) == {code.value for code in ControllerErrorCode}
