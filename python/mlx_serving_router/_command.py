@@ -35,7 +35,7 @@ def load(path: Path | None) -> ClusterConfig:
     Raises:
         ConfigError: It cannot be used.
     """
-    return ClusterConfig.load(os.devnull if path is None else path)  # an empty file means the defaults
+    return ClusterConfig.from_environment() if path is None else ClusterConfig.load(path)
 
 
 def changed(config: ClusterConfig, changes: Mapping[str, Any]) -> ClusterConfig:

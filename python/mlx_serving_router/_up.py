@@ -118,6 +118,7 @@ class _Team:
         self.all_ended = asyncio.Event()
         self._loop = loop
         self._running: dict[str, ChildProcess] = {}
+        self._stopping = False
 
     def start(self, name: str, options: Sequence[str]) -> None:
         command = [sys.executable, "-m", "mlx_serving_router", "worker", "--id", name, *options]
@@ -126,9 +127,9 @@ class _Team:
         )
 
     def _ended(self, name: str, status: int) -> None:
-        child = self._running.pop(name, None)
-        if child is None:
+        if self._stopping:
             return
+        child = self._running.pop(name)
         _logger.error(
             "%s (process %s) ended by itself, %s; %s",
             name,
@@ -141,6 +142,7 @@ class _Team:
 
     async def stop(self) -> None:
         """Asks all to end, and returns when all have."""
+        self._stopping = True
         await asyncio.gather(*(asyncio.to_thread(_end, child) for child in self._running.values()))
 
 

@@ -34,7 +34,8 @@ async def work(
         max_concurrent: How many requests it works on at a time; the runtime's default where it is None.
 
     Raises:
-        ControllerError: NATS cannot be reached, or another worker has taken the name.
+        ControllerError: NATS cannot be reached (a worker joins a server, it never starts one), or another worker has taken
+            the name.
         ModelLoadError: A model is missing or broken.
         ValueError: The name or the limit is unsuitable.
     """
@@ -42,39 +43,14 @@ async def work(
     node = WorkerNode(engine, config=config, worker_id=worker_id, **options)
     with stop_signals() as stopping:
         try:
-            _logger.info("worker %s loads %s", node.worker_id, ", ".join(engine.models))
+            _logger.info("%s loads %s", node.worker_id, ", ".join(engine.models))
             await unless(stopping, node.start())
             if not stopping.is_set():
-                _logger.info("worker %s is ready", node.worker_id)
+                _logger.info("%s is ready", node.worker_id)
                 await unless(stopping, node.wait())
                 if not stopping.is_set():
                     raise CommandError(f"worker {node.worker_id} stopped, and nobody had told it to")
-            _logger.info("worker %s finishes what it has; a second signal ends it at once", node.worker_id)
+            _logger.info("%s finishes what it has; a second signal ends it at once", node.worker_id)
         finally:
             await node.stop(DRAIN_SECONDS)
-    _logger.info("worker %s has ended", node.worker_id)
-
-
-def reachable(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a worker's configuration needs so that it finds NATS: it joins a server, it never starts one.
-
-    Args:
-        settings: `nats` of the configuration.
-
-    Raises:
-        CommandError: The configuration says of no NATS server.
-    """
-    if settings["mode"] == "external":
-        return {}
-    port = settings["embedded"]["port"]
-    if settings["mode"] == "none":
-        raise CommandError(
-            "a worker process is reached over NATS, and the configuration has nats.mode: none; give --nats URL, or"
-            " set nats.mode: external with nats.serverUrl"
-        )
-    if port == 0:
-        raise CommandError(
-            "the embedded NATS server of this configuration takes any free port (nats.embedded.port: 0), which a worker"
-            " cannot know; give --nats with the URL that the controller's process shows"
-        )
-    return {"nats": {"mode": "external", "serverUrl": f"nats://127.0.0.1:{port}"}}
+    _logger.info("%s has ended", node.worker_id)

@@ -99,7 +99,6 @@ def worker(
         from mlx_serving_router import _work
         from mlx_serving_router.mlx import MlxEngine
 
-        settings = _command.changed(settings, _work.reachable(settings.to_dict()["nats"]))
         engine = MlxEngine(models)
         asyncio.run(_work.work(engine, settings, worker_id=worker_id, max_concurrent=max_concurrent))
 
@@ -276,12 +275,8 @@ def _show_addresses(address: Address) -> None:
 
 # === failures ===
 
-#: What to do, where the error itself cannot know.
-_ADVICE: Final = {
-    "NATS_ERROR": "is a NATS server running there, and may this machine reach it? `mlx-serving-router serve` and `up`"
-    " start one of their own",
-    "WORKER_OFFLINE": "give every worker a name of its own with --id, or leave it out",
-}
+#: What to do on the command line, beside what the error itself says.
+_ADVICE: Final = {"NATS_ERROR": "--nats URL names another server", "WORKER_OFFLINE": "--id names a worker"}
 
 
 @contextlib.contextmanager

@@ -113,8 +113,8 @@ def test_models_have_the_names_that_they_are_given(model: Path) -> None:
             ["--model", "model", "--config", "typo.yaml"],
             ["typo.yaml:2:3: nats.servrUrl", "did you mean nats.serverUrl"],
         ),
-        (["--model", "model", "--config", "none.yaml"], ["nats.mode: none", "--nats"]),
-        (["--model", "model", "--config", "free.yaml"], ["nats.embedded.port: 0", "--nats"]),
+        (["--model", "model", "--config", "none.yaml"], ["nats.mode is none", "--nats"]),
+        (["--model", "model", "--config", "free.yaml"], ["nats.embedded.port is 0", "--nats"]),
     ],
 )
 @pytest.mark.usefixtures("model")
