@@ -34,8 +34,8 @@ async def work(
         max_concurrent: How many requests it works on at a time; the runtime's default where it is None.
 
     Raises:
-        ControllerError: NATS cannot be reached (a worker joins a server, it never starts one), or another worker has taken
-            the name.
+        ControllerError: NATS cannot be reached (a worker joins a server, it never starts one), or another worker has
+            taken the name.
         ModelLoadError: A model is missing or broken.
         ValueError: The name or the limit is unsuitable.
     """
