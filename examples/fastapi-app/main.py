@@ -6,7 +6,7 @@ python examples/fastapi-app/main.py [PORT]
 from __future__ import annotations
 
 import sys
-from typing import Annotated, TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import uvicorn
 from fastapi import Depends, FastAPI

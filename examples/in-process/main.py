@@ -37,7 +37,7 @@ def request(prompt: str) -> msr.InferenceRequest:
 def tell(response: msr.InferenceResponse) -> None:
     """The answer, and what each attempt met."""
     attempts = ", then ".join(
-        f"{attempt.worker_id} {attempt.code or 'answered'}" for attempt in response.metadata.attempts
+        f"{attempt['worker_id']} {attempt['code'] or 'answered'}" for attempt in response.metadata.attempts
     )
     print(f"{response.text} ({attempts})")
 

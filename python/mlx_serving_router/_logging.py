@@ -24,12 +24,22 @@ def configure(settings: dict[str, Any], *, name: str, debug: bool = False) -> No
     if settings["format"] == "json":
         handler.setFormatter(_JsonFormatter(name))
     else:
-        handler.setFormatter(
-            logging.Formatter(f"%(asctime)s %(levelname)-7s {name}: %(message)s", datefmt="%H:%M:%S")
-        )
+        handler.setFormatter(_TextFormatter(name))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     level = "debug" if debug else settings["level"]
     logging.getLogger("mlx_serving_router").setLevel(level.upper())
+
+
+class _TextFormatter(logging.Formatter):
+    """One line, with what was given as `extra` behind the message."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"%(asctime)s %(levelname)-7s {name}: %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 logging's name
+        return " ".join(
+            [super().formatMessage(record), *(f"{key}={value}" for key, value in _extra(record).items())]
+        )
 
 
 class _JsonFormatter(logging.Formatter):
@@ -40,8 +50,7 @@ class _JsonFormatter(logging.Formatter):
         self._name = name
 
     def format(self, record: logging.LogRecord) -> str:
-        content = {key: value for key, value in vars(record).items() if key not in _STANDARD}
-        content |= {
+        content = _extra(record) | {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -51,3 +60,7 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)
         return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}

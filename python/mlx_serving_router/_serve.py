@@ -10,15 +10,17 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
 
-from mlx_serving_router._command import CommandError, stop_signals, unless
+from mlx_serving_router._command import CommandError, changed, stop_signals, unless
 from mlx_serving_router._controller import ControllerNode
 from mlx_serving_router.fastapi import create_app
+from mlx_serving_router.nats_server import NatsServer, NatsServerError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 _PORTS_TRIED: Final = 20
 _TAKEN: Final = (errno.EADDRINUSE, errno.EACCES)
+#: Before a NATS server that died is started again: one that dies at once is not to keep the machine busy.
+_RESTART_SECONDS: Final = 1.0
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ async def front_end(
         yield task
     finally:
         server.should_exit = True
-        await asyncio.wait((task,))
+        await task
 
 
 class _Server(uvicorn.Server):
@@ -115,34 +121,79 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(config: ClusterConfig, address: Address, announce: Callable[[], None]) -> None:
+@contextlib.asynccontextmanager
+async def nats(config: ClusterConfig) -> AsyncIterator[tuple[ClusterConfig, NatsServer | None]]:
+    """The NATS server of a configuration: with `nats.mode: embedded` it is started here, and again when it dies.
+
+    Args:
+        config: The configuration.
+
+    Yields:
+        The configuration with which controllers and workers join that server, and the server where it was started here.
+
+    Raises:
+        NatsServerError: The server did not start.
+    """
+    settings = config.to_dict()["nats"]
+    if settings["mode"] != "embedded":
+        yield config, None
+        return
+    loop = asyncio.get_running_loop()
+    died = asyncio.Event()
+
+    def on_exit(_status: int) -> None:
+        loop.call_soon_threadsafe(died.set)
+
+    server = NatsServer(settings["embedded"]["port"], on_exit=on_exit)
+    await asyncio.to_thread(server.start)
+    watch = asyncio.create_task(_restart(server, died))
+    try:
+        yield changed(config, {"nats": {"mode": "external", "serverUrl": server.url}}), server
+    finally:
+        watch.cancel()
+        await asyncio.to_thread(server.stop)
+
+
+async def _restart(server: NatsServer, died: asyncio.Event) -> None:
+    while True:
+        await died.wait()
+        died.clear()
+        await asyncio.sleep(_RESTART_SECONDS)
+        try:
+            await asyncio.to_thread(server.start)
+        except NatsServerError as error:
+            _logger.error("the embedded NATS server does not start again: %s", error)
+            return
+        _logger.warning("the embedded NATS server runs again, process %s", server.pid)
+
+
+async def serve(
+    config: ClusterConfig, address: Address, announce: Callable[[NatsServer | None], None]
+) -> None:
     """Runs a controller with its front-end until a signal comes.
 
     Args:
         config: The configuration.
         address: Where the front-end listens.
-        announce: Called once it serves.
+        announce: Called once it serves, with the embedded NATS server where there is one.
 
     Raises:
         ControllerError: The controller did not start.
         NatsServerError: The embedded NATS server did not start.
     """
     drain = config.to_dict()["controller"]["drainTimeoutMs"] / 1000
-    controller = ControllerNode(config)
     with stop_signals() as stopping:
-        try:
-            await unless(stopping, controller.start())
-            if stopping.is_set():
-                return
-            async with front_end(controller, address, drain) as ended:
-                announce()
-                await unless(stopping, _result(ended))
-        finally:
-            await controller.stop(drain)
-
-
-async def _result(task: asyncio.Task[None]) -> None:
-    await task
+        async with nats(config) as (joined, server):
+            controller = ControllerNode(joined)
+            try:
+                await unless(stopping, controller.start())
+                if stopping.is_set():
+                    return
+                async with front_end(controller, address, drain) as ended:
+                    announce(server)
+                    await unless(stopping, asyncio.wait((ended,)))
+            finally:
+                await controller.stop(drain)
 
 
 def curl_line(url: str, model: str, *, with_key: bool) -> str:

@@ -7,17 +7,15 @@ and the embedded NATS server too.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import signal
 import sys
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving_router._command import CommandError, changed, stop_signals
+from mlx_serving_router._command import CommandError, stop_signals
 from mlx_serving_router._controller import ControllerNode
-from mlx_serving_router._serve import front_end
-from mlx_serving_router.nats_server import NatsServer
+from mlx_serving_router._serve import front_end, nats
 from mlx_serving_router.processes import ChildProcess
 
 if TYPE_CHECKING:
@@ -25,10 +23,10 @@ if TYPE_CHECKING:
 
     from mlx_serving_router._native import ClusterConfig
     from mlx_serving_router._serve import Address
+    from mlx_serving_router.nats_server import NatsServer
 
 #: Seconds that workers, idle by then, get to end after the controller has.
 _WORKER_SECONDS: Final = 10.0
-_DAY: Final = 86_400.0
 
 _logger = logging.getLogger(__name__)
 
@@ -39,8 +37,8 @@ async def up(
     *,
     workers: int,
     worker_options: Sequence[str],
-    announce: Callable[[str], None],
-    online: Callable[[int], None],
+    announce: Callable[[NatsServer | None], None],
+    tell_online: Callable[[int], None],
 ) -> None:
     """Runs everything until a signal comes, or no worker is left.
 
@@ -49,54 +47,41 @@ async def up(
         address: Where the front-end listens.
         workers: How many worker processes.
         worker_options: What each gets on its command line beside its id and the embedded server's URL.
-        announce: Called once the front-end serves, with a description of the NATS server in use.
-        online: Called with the number of workers that are online, each time that it grows.
+        announce: Called once the front-end serves, with the embedded NATS server where there is one.
+        tell_online: Called with the number of workers that are online, each time that it grows.
 
     Raises:
         CommandError: No worker is left.
         ControllerError: The controller did not start.
         NatsServerError: The embedded NATS server did not start.
     """
-    settings = config.to_dict()
-    drain = settings["controller"]["drainTimeoutMs"] / 1000
-    with stop_signals() as stopping, contextlib.ExitStack() as stack:
-        options = list(worker_options)
-        described = "the one of the configuration"
-        own = False
-        if settings["nats"]["mode"] == "embedded":
-            server = NatsServer(settings["nats"]["embedded"]["port"])
-            stack.enter_context(await asyncio.to_thread(server.start))
-            described = f"{server.url} ({'joined' if server.joined else f'process {server.pid}'})"
-            own = not server.joined
-            # Passed on without a password: the embedded server has none.
-            options += ["--nats", server.url]
-            config = changed(config, {"nats": {"mode": "external", "serverUrl": server.url}})
-        team = _Team(asyncio.get_running_loop())
-        controller = ControllerNode(config)
-        try:
-            for number in range(1, workers + 1):
-                # Others may use the same NATS server, and a worker's name is its own.
-                name = f"worker-{number}" if own else f"worker-{number}-{secrets.token_hex(2)}"
-                team.start(name, options)
-            await controller.start()
-            async with front_end(controller, address, drain) as served:
-                announce(described)
-                waits = [
-                    asyncio.create_task(stopping.wait()),
-                    asyncio.create_task(team.all_ended.wait()),
-                    served,
-                ]
-                count = asyncio.create_task(_count(controller, workers, online))
-                try:
-                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for task in (count, *waits[:2]):
+    drain = config.to_dict()["controller"]["drainTimeoutMs"] / 1000
+    with stop_signals() as stopping:
+        async with nats(config) as (joined, server):
+            options = list(worker_options)
+            if server is not None:
+                # On everybody's screen, but the embedded server has no password.
+                options += ["--nats", server.url]
+            alone = server is not None and not server.joined
+            team = _Team(asyncio.get_running_loop())
+            controller = ControllerNode(joined)
+            try:
+                for number in range(1, workers + 1):
+                    # Others may use the same NATS server, and a worker's name is its own.
+                    team.start(
+                        f"worker-{number}" if alone else f"worker-{number}-{secrets.token_hex(2)}", options
+                    )
+                await controller.start()
+                async with front_end(controller, address, drain) as served:
+                    announce(server)
+                    online = asyncio.create_task(_count(controller, workers, tell_online))
+                    ends = [asyncio.create_task(event.wait()) for event in (stopping, team.all_ended)]
+                    await asyncio.wait((*ends, served), return_when=asyncio.FIRST_COMPLETED)
+                    for task in (online, *ends):
                         task.cancel()
-                if served.done():
-                    served.result()
-        finally:
-            await controller.stop(drain)
-            await team.stop()
+            finally:
+                await controller.stop(drain)
+                await team.stop()
     if not stopping.is_set() and team.all_ended.is_set():
         raise CommandError(
             "no worker is left: what each of them met is in the lines above; `mlx-serving-router worker` with the same"
@@ -104,10 +89,10 @@ async def up(
         )
 
 
-async def _count(controller: ControllerNode, workers: int, online: Callable[[int], None]) -> None:
+async def _count(controller: ControllerNode, workers: int, tell_online: Callable[[int], None]) -> None:
     for number in range(1, workers + 1):
-        await controller.wait_for_workers(number, timeout=_DAY)
-        online(number)
+        await controller.wait_for_workers(number, timeout=None)
+        tell_online(number)
 
 
 class _Team:
@@ -122,9 +107,11 @@ class _Team:
 
     def start(self, name: str, options: Sequence[str]) -> None:
         command = [sys.executable, "-m", "mlx_serving_router", "worker", "--id", name, *options]
-        self._running[name] = ChildProcess(
-            command, on_exit=lambda status: self._loop.call_soon_threadsafe(self._ended, name, status)
-        )
+
+        def on_exit(status: int) -> None:
+            self._loop.call_soon_threadsafe(self._ended, name, status)
+
+        self._running[name] = ChildProcess(command, on_exit=on_exit)
 
     def _ended(self, name: str, status: int) -> None:
         if self._stopping:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mlx_serving_router._serve import Address
+    from mlx_serving_router.nats_server import NatsServer
 
 __all__ = ["app", "main"]
 
@@ -122,11 +123,11 @@ def serve(
         _logging.configure(shown["logging"], name="controller", debug=debug)
         address = _serve.listen(shown["controller"]["bindAddress"], shown["controller"]["port"])
 
-        def announce() -> None:
+        def announce(server: NatsServer | None) -> None:
             _show_addresses(address)
-            if shown["nats"]["mode"] == "embedded":
-                url = f"nats://127.0.0.1:{shown['nats']['embedded']['port']}"
-                _show("a worker", f"mlx-serving-router worker --nats {url} --model NAME=PATH")
+            if server is not None:
+                _show_server(server)
+                _show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
             _show(
                 "to try", _serve.curl_line(address.url, "NAME", with_key=bool(shown["controller"]["apiKeys"]))
             )
@@ -169,12 +170,13 @@ def up(
         if address.moved_from is not None:
             _show("note", f"port {address.moved_from} is taken by another program; using the next free one")
 
-        def announce(nats: str) -> None:
+        def announce(server: NatsServer | None) -> None:
             _show_addresses(address)
-            _show("NATS", nats)
+            if server is not None:
+                _show_server(server)
             _show("workers", f"{workers} started; each loads {', '.join(models)}")
 
-        def online(count: int) -> None:
+        def tell_online(count: int) -> None:
             _show("online", f"{count} of {workers} workers")
             if count == 1:
                 line = _serve.curl_line(
@@ -190,7 +192,7 @@ def up(
                 workers=workers,
                 worker_options=_worker_options(models, config, prefix, max_concurrent, debug=debug),
                 announce=announce,
-                online=online,
+                tell_online=tell_online,
             )
         )
 
@@ -206,12 +208,14 @@ def _changes(
     port: int | None = None,
 ) -> dict[str, Any]:
     """The keys of the configuration that the options set."""
-    options = [
-        ("nats", {"mode": None if nats is None else "external", "serverUrl": nats, "subjectPrefix": prefix}),
-        ("controller", {"bindAddress": host, "port": port}),
-    ]
+    mode = None if nats is None else "external"
+    sections: dict[str, dict[str, Any]] = {
+        "nats": {"mode": mode, "serverUrl": nats, "subjectPrefix": prefix},
+        "controller": {"bindAddress": host, "port": port},
+    }
     given = {
-        section: {key: value for key, value in keys.items() if value is not None} for section, keys in options
+        section: {key: value for key, value in keys.items() if value is not None}
+        for section, keys in sections.items()
     }
     return {section: keys for section, keys in given.items() if keys}
 
@@ -271,6 +275,10 @@ def _show_addresses(address: Address) -> None:
     _show("fleet", f"{address.url}/api/cluster/status")
     _show("requests", f"{address.url}/api/controller/requests")
     _show("metrics", f"{address.url}/metrics")
+
+
+def _show_server(server: NatsServer) -> None:
+    _show("NATS", f"{server.url} ({'it was there already' if server.joined else f'process {server.pid}'})")
 
 
 # === failures ===

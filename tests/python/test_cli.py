@@ -14,18 +14,17 @@ import urllib.request
 from typing import TYPE_CHECKING
 
 import pytest
-from programs import MODEL, all_gone, cli, left_behind, program
 from typer.testing import CliRunner
 
 from mlx_serving_router.cli import _named_models, app
+from programs import MODEL, all_gone, cli, left_behind, program
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Iterator
-
-    from programs import Program
+    from pathlib import Path
 
     from mlx_serving_router.nats_server import NatsServer
+    from programs import Program
 
 ROUTER = (sys.executable, "-m", "mlx_serving_router")
 
@@ -111,7 +110,7 @@ def test_models_have_the_names_that_they_are_given(model: Path) -> None:
         (["--model", "model", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (
             ["--model", "model", "--config", "typo.yaml"],
-            ["typo.yaml:2:3: nats.servrUrl", "did you mean nats.serverUrl"],
+            ["typo.yaml:2:3: nats.servrUrl", "did you mean serverUrl"],
         ),
         (["--model", "model", "--config", "none.yaml"], ["nats.mode is none", "--nats"]),
         (["--model", "model", "--config", "free.yaml"], ["nats.embedded.port is 0", "--nats"]),
@@ -139,7 +138,7 @@ def test_a_damaged_model_is_told(tmp_path: Path, nats: NatsServer) -> None:
 @pytest.mark.model
 def test_nats_out_of_reach_is_told(tmp_path: Path, model: Path, closed: int) -> None:
     url = f"nats://127.0.0.1:{closed}"
-    told(cli("worker", "--model", model, "--nats", url, scratch=tmp_path), url, "NATS server")
+    told(cli("worker", "--model", model, "--nats", url, scratch=tmp_path), url, "cannot connect to NATS", "--nats")
 
 
 @pytest.mark.model
@@ -210,7 +209,7 @@ def test_a_bad_key_in_the_environment_is_told(tmp_path: Path) -> None:
 
 def test_a_controller_without_nats_is_told(tmp_path: Path, closed: int) -> None:
     url = f"nats://127.0.0.1:{closed}"
-    told(cli("serve", "--port", "0", "--nats", url, scratch=tmp_path), url, "NATS server")
+    told(cli("serve", "--port", "0", "--nats", url, scratch=tmp_path), url, "cannot connect to NATS", "--nats")
 
 
 def test_a_nats_port_taken_by_something_else_is_told(tmp_path: Path, taken: int) -> None:
@@ -350,6 +349,21 @@ def test_serve_and_worker_meet_and_end(end: int, tmp_path: Path, model: Path, cl
             assert "w has ended" in worker.output
         controller.send(end)
         assert controller.ends() == 0
+    assert all_gone(tmp_path)
+
+
+@pytest.mark.nats
+def test_serve_starts_a_nats_server_again_that_died(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("nats: {embedded: {port: 0}}\n")
+    with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
+        server = re.search(r"process (\d+)", controller.line_with("NATS", "process"))
+        assert server is not None
+        os.kill(int(server[1]), signal.SIGKILL)
+        controller.line_with("runs again")
+        controller.line_with("the connection to NATS is back")
+        controller.send(signal.SIGINT)
+        assert controller.ends() == 0
+        assert "Traceback" not in controller.output
     assert all_gone(tmp_path)
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from programs import ROOT, all_gone, program
 
 if TYPE_CHECKING:

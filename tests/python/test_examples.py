@@ -10,6 +10,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from programs import ROOT, program
 from serving import serve
 

@@ -9,9 +9,9 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from programs import PATIENCE, all_gone, program
 
 from mlx_serving_router.processes import ChildProcess
+from programs import PATIENCE, all_gone, program
 
 if TYPE_CHECKING:
     from pathlib import Path

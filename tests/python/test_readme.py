@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+
 from programs import ROOT, program
 
 if TYPE_CHECKING:
