@@ -138,7 +138,12 @@ def test_a_damaged_model_is_told(tmp_path: Path, nats: NatsServer) -> None:
 @pytest.mark.model
 def test_nats_out_of_reach_is_told(tmp_path: Path, model: Path, closed: int) -> None:
     url = f"nats://127.0.0.1:{closed}"
-    told(cli("worker", "--model", model, "--nats", url, scratch=tmp_path), url, "cannot connect to NATS", "--nats")
+    told(
+        cli("worker", "--model", model, "--nats", url, scratch=tmp_path),
+        url,
+        "cannot connect to NATS",
+        "--nats",
+    )
 
 
 @pytest.mark.model
@@ -209,7 +214,9 @@ def test_a_bad_key_in_the_environment_is_told(tmp_path: Path) -> None:
 
 def test_a_controller_without_nats_is_told(tmp_path: Path, closed: int) -> None:
     url = f"nats://127.0.0.1:{closed}"
-    told(cli("serve", "--port", "0", "--nats", url, scratch=tmp_path), url, "cannot connect to NATS", "--nats")
+    told(
+        cli("serve", "--port", "0", "--nats", url, scratch=tmp_path), url, "cannot connect to NATS", "--nats"
+    )
 
 
 def test_a_nats_port_taken_by_something_else_is_told(tmp_path: Path, taken: int) -> None:
