@@ -10,6 +10,8 @@ import pytest
 
 from programs import ROOT, program
 
+from mlx_serving_router import ClusterConfig, ControllerErrorCode
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -44,9 +46,15 @@ def test_links_within_the_project_lead_somewhere(document: Path) -> None:
     assert missing == []
 
 
-def test_every_error_code_is_documented() -> None:
-    from mlx_serving_router import ControllerErrorCode
+def test_the_configuration_for_several_machines_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "cluster.yaml").write_text(block, encoding="utf-8")
+    settings = ClusterConfig.load(tmp_path / "cluster.yaml").to_dict()
+    assert settings["nats"]["mode"] == "external"
 
+
+def test_every_error_code_is_documented() -> None:
     documented = re.findall(
         r"^\| ([A-Z_]+) \|", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE
     )
