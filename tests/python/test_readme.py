@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from programs import ROOT, program
-
 from mlx_serving_router import ClusterConfig, ControllerErrorCode
+from programs import ROOT, program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +28,9 @@ def test_every_program_is_tested() -> None:
     assert len(PROGRAMS) == len(PRINTED)
 
 
-@pytest.mark.parametrize(("source", "printed"), zip(PROGRAMS, PRINTED, strict=False), ids=["first", "nats"])
+@pytest.mark.parametrize(
+    ("source", "printed"), list(zip(PROGRAMS, PRINTED, strict=False)), ids=["first", "nats"]
+)
 def test_a_program_prints_what_it_should_and_ends_quietly(source: str, printed: str, tmp_path: Path) -> None:
     file = tmp_path / "program.py"
     file.write_text(source, encoding="utf-8")
