@@ -67,10 +67,12 @@ def demo(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """Runs the benchmark."""
-    steps = _prepare("dev", 1)
+    """Builds the Rust side of the benchmark, and runs it."""
+    steps = _prepare("dev", 2)
+    steps.begin("Rust side of the benchmark, release build")
+    peers = environment.build_peers()
     steps.begin("The benchmark")
-    return _become([PYTHON, _existing("benches/main.py"), *arguments])
+    return _become([PYTHON, _existing("benches/main.py"), f"--peers={peers}", *arguments])
 
 
 def test(arguments: list[str]) -> int:

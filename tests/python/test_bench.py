@@ -1,0 +1,114 @@
+"""The benchmark runs, and what it prints and keeps has the promised shape. Its figures are nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.nats, pytest.mark.slow, pytest.mark.timeout(900)]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SIDES = ["raw", "rust", "python", "python-uvloop", "nats-py", "nats-py-uvloop"]
+_CELLS = ["buffered-1", "buffered-64", "streaming-1", "streaming-64"]
+_RATIOS = {"requests_per_second", "latency_p50_us", "latency_p99_us", "cpu_us_per_request"}
+
+
+@pytest.fixture(scope="module")
+def peers() -> Path:
+    """The Rust program, in a debug build: other tests have built most of it already."""
+    done = subprocess.run(
+        ["cargo", "build", "--bench=peers", "--message-format=json-render-diagnostics"],
+        cwd=_ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = re.search(r'"executable":"([^"]+)"', done.stdout)
+    assert found is not None
+    return Path(found[1])
+
+
+def _command(peers: Path, output: Path, *options: str) -> list[str]:
+    main = _ROOT / "benches" / "main.py"
+    return [sys.executable, "-B", str(main), f"--peers={peers}", f"--output={output}", *options]
+
+
+def _run(peers: Path, output: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    tiny = ("--rounds=2", "--seconds=30", "--requests=70", "--tokens=3")
+    done = subprocess.run(
+        _command(peers, output, *tiny, *options), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = output.glob("*.json")
+    return done.stdout, json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_every_side_does_every_kind_of_work(peers: Path, tmp_path: Path) -> None:
+    printed, kept = _run(peers, tmp_path)
+
+    assert list(kept["cells"]) == _CELLS
+    for name, cell in kept["cells"].items():
+        assert list(cell["summary"]) == _SIDES
+        for side, summary in cell["summary"].items():
+            figures = summary["figures"]
+            assert figures["requests"] == {"median": 70, "min": 70, "max": 70}
+            assert 0 < figures["latency_p50_us"]["min"] <= figures["latency_p99_us"]["max"]
+            assert figures["cpu_us_per_request"]["min"] > 0
+            assert (
+                ("first_token_p50_us" in figures) == ("tokens_per_second" in figures) == ("streaming" in name)
+            )
+            assert [len(cell["rounds"][side]), kept["rounds"]] == [2, 2]
+            assert all(set(ratio) == _RATIOS for ratio in summary["ratios"].values())
+        ratios = {side: list(summary["ratios"]) for side, summary in cell["summary"].items()}
+        assert ratios == {
+            "raw": ["nats-py"],
+            "rust": ["raw", "nats-py"],
+            "python": ["raw", "nats-py"],
+            "python-uvloop": ["raw", "nats-py-uvloop"],
+            "nats-py": ["raw"],
+            "nats-py-uvloop": ["raw"],
+        }
+        assert re.search(rf"^{cell_title(name)}$", printed, re.MULTILINE)
+    assert set(kept["machine"]) == {"machine", "python", "rust", "nats", "ours"}
+
+
+def cell_title(name: str) -> str:
+    mode, _, concurrency = name.partition("-")
+    return f"{mode}, {'one request' if concurrency == '1' else '64 requests'} at a time"
+
+
+def test_only_what_was_asked_for_runs(peers: Path, tmp_path: Path) -> None:
+    _, kept = _run(peers, tmp_path, "--only=raw,nats-py,buffered-1")
+
+    assert list(kept["cells"]) == ["buffered-1"]
+    assert list(kept["cells"]["buffered-1"]["summary"]) == ["raw", "nats-py"]
+
+
+def test_an_unknown_name_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
+    done = subprocess.run(
+        _command(Path("nowhere"), tmp_path, "--only=raw,grpc"), capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert "'grpc'" in done.stderr
+    assert all(name in done.stderr for name in [*_SIDES, *_CELLS])
+
+
+def test_ctrl_c_ends_everything_that_was_started(peers: Path, tmp_path: Path) -> None:
+    command = _command(peers, tmp_path, "--only=raw,nats-py", "--seconds=5")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as bench:
+        assert bench.stdout is not None
+        assert any(line.startswith("round 0") for line in bench.stdout)
+        bench.send_signal(signal.SIGINT)
+        rest = bench.stdout.read()  # to its end: every process that was started holds it open
+
+    assert bench.returncode == 130
+    assert "interrupted" in rest
+    assert not list(tmp_path.iterdir())
