@@ -148,6 +148,28 @@ def ensure_contents(profile: str) -> None:
         _stamp("installation", metadata)
 
 
+def build_peers() -> Path:
+    """Builds the Rust program of the benchmark in release mode and returns where it is.
+
+    Raises:
+        StepError: The build failed.
+    """
+    _require_rust()
+    command: list[str | Path] = [
+        "cargo",
+        "bench",
+        "--no-run",
+        "--bench=peers",
+        "--message-format=json-render-diagnostics",
+    ]
+    job = _cargo(command, "peers.log", "the Rust side of the benchmark")
+    _run(job)
+    found = re.search(r'"executable":"([^"]+)"', job.log.read_text(encoding="utf-8"))
+    if found is None:
+        raise StepError(f"cargo does not say where the Rust side of the benchmark is; its log: {job.log}")
+    return Path(found[1])
+
+
 def requirements(profile: str) -> list[str]:
     """The requirements of a profile, in the order and words of pyproject.toml."""
     document = _pyproject()
@@ -217,6 +239,10 @@ def _pip(pip: list[str | Path], arguments: list[str]) -> Job:
 
 
 def _maturin(*arguments: str) -> Job:
+    return _cargo([PYTHON, "-m", "maturin", *arguments], "extension.log", "the Rust core")
+
+
+def _cargo(command: list[str | Path], log: str, what: str) -> Job:
     crates = 0
     in_lock = (ROOT / "Cargo.lock").read_text(encoding="utf-8").count("[[package]]")
 
@@ -235,11 +261,11 @@ def _maturin(*arguments: str) -> Job:
             return "the disk is full"
         if re.search(r"failed to download|failed to get|Could not resolve host", output):
             return "cargo could not get the crates; is crates.io within reach?"
-        return "the Rust core did not build"
+        return f"{what} did not build"
 
     # cargo may change Cargo.lock while somebody works on Cargo.toml, but never in CI.
     locked = ["--locked"] if os.environ.get("CI") else []
-    return Job([PYTHON, "-m", "maturin", *arguments, *locked], LOGS / "extension.log", describe, failure)
+    return Job([*command, *locked], LOGS / log, describe, failure)
 
 
 def _quietly(command: list[str | Path], what: str) -> None:
