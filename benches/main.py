@@ -209,8 +209,8 @@ def _options() -> argparse.Namespace:
         "--peers", type=Path, required=True, help="the Rust program (make bench builds and names it)"
     )
     parser.add_argument("--quick", action="store_true", help="3 rounds of 0.3 s: a first look")
-    parser.add_argument("--rounds", type=_positive, help="rounds that count (default 5)")
-    parser.add_argument("--seconds", type=float, help="length of one round of one side (default 1)")
+    parser.add_argument("--rounds", type=_positive, help="rounds that count (default 9)")
+    parser.add_argument("--seconds", type=float, help="length of one round of one side (default 0.6)")
     parser.add_argument(
         "--requests", type=_positive, default=_UNBOUNDED, help="at most so many in one round of one side"
     )
@@ -219,8 +219,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", metavar="NAME,NAME", default="", help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=Path, default=_ROOT / "target" / "bench", help="folder for the JSON")
     options = parser.parse_args()
-    options.rounds = options.rounds or (3 if options.quick else 5)
-    options.seconds = options.seconds or (0.3 if options.quick else 1.0)
+    options.rounds = options.rounds or (3 if options.quick else 9)
+    options.seconds = options.seconds or (0.3 if options.quick else 0.6)
     wanted = [name for name in options.only.split(",") if name]
     for name in wanted:
         if name not in names:
