@@ -1,23 +1,31 @@
-"""The benchmark runs, and what it prints and keeps has the promised shape. Its figures are nobody's business here."""
+"""The benchmark runs, does its sums right, and prints and keeps what it promises. How fast anything is does not matter here."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytestmark = [pytest.mark.nats, pytest.mark.slow, pytest.mark.timeout(900)]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SIDES = ["raw", "rust", "python", "python-uvloop", "nats-py", "nats-py-uvloop"]
 _CELLS = ["buffered-1", "buffered-64", "streaming-1", "streaming-64"]
 _RATIOS = {"requests_per_second", "latency_p50_us", "latency_p99_us", "cpu_us_per_request"}
+
+
+def _whole(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that runs the whole benchmark; the first one builds its Rust program."""
+    return pytest.mark.nats(pytest.mark.slow(pytest.mark.timeout(900)(test)))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +48,51 @@ def _command(peers: Path, output: Path, *options: str) -> list[str]:
     return [sys.executable, "-B", str(main), f"--peers={peers}", f"--output={output}", *options]
 
 
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(_ROOT / "benches"))
+    yield importlib.import_module("report")
+    del sys.modules["report"]
+
+
+# === the sums ===
+
+
+def test_percentiles_are_times_that_were_measured(report: ModuleType) -> None:
+    answer = {
+        "seconds": 2.0,
+        "cpu_seconds": 0.001,
+        "latencies_ns": [*range(1000, 101_000, 1000)][::-1],
+        "first_token_ns": [],
+        "tokens": 0,
+    }
+
+    assert report.figures(answer) == {
+        "requests": 100,
+        "requests_per_second": 50,
+        "cpu_us_per_request": 10,
+        "latency_p50_us": 50,
+        "latency_p95_us": 95,
+        "latency_p99_us": 99,
+    }
+
+
+def test_ratios_are_taken_within_a_round(report: ModuleType) -> None:
+    def measured(*rates: float) -> list[dict[str, float]]:
+        others = {"latency_p50_us": 1.0, "latency_p99_us": 1.0, "cpu_us_per_request": 1.0}
+        return [{"requests_per_second": rate, **others} for rate in rates]
+
+    # The machine was ten times as fast in the second round, and half as fast in the third.
+    summary = report.summarize({"raw": measured(100, 1000, 50), "rust": measured(80, 700, 45)})
+
+    assert summary["rust"]["ratios"]["raw"]["requests_per_second"] == {"median": 0.8, "min": 0.7, "max": 0.9}
+    assert summary["rust"]["figures"]["requests_per_second"] == {"median": 80, "min": 45, "max": 700}
+    assert summary["raw"]["ratios"] == {}
+
+
+# === whole runs ===
+
+
 def _run(peers: Path, output: Path, *options: str) -> tuple[str, dict[str, Any]]:
     tiny = ("--rounds=2", "--seconds=30", "--requests=70", "--tokens=3")
     done = subprocess.run(
@@ -50,6 +103,7 @@ def _run(peers: Path, output: Path, *options: str) -> tuple[str, dict[str, Any]]
     return done.stdout, json.loads(file.read_text(encoding="utf-8"))
 
 
+@_whole
 def test_every_side_does_every_kind_of_work(peers: Path, tmp_path: Path) -> None:
     printed, kept = _run(peers, tmp_path)
 
@@ -84,6 +138,7 @@ def cell_title(name: str) -> str:
     return f"{mode}, {'one request' if concurrency == '1' else '64 requests'} at a time"
 
 
+@_whole
 def test_only_what_was_asked_for_runs(peers: Path, tmp_path: Path) -> None:
     _, kept = _run(peers, tmp_path, "--only=raw,nats-py,buffered-1")
 
@@ -101,6 +156,7 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(tmp_path: Path) -> 
     assert all(name in done.stderr for name in [*_SIDES, *_CELLS])
 
 
+@_whole
 def test_ctrl_c_ends_everything_that_was_started(peers: Path, tmp_path: Path) -> None:
     command = _command(peers, tmp_path, "--only=raw,nats-py", "--seconds=5")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as bench:
