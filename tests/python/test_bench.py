@@ -1,4 +1,4 @@
-"""The benchmark runs, does its sums right, and prints and keeps what it promises. How fast anything is does not matter here."""
+"""The benchmark runs, does its sums right, and keeps what it promises. How fast anything is does not matter here."""
 
 from __future__ import annotations
 
