@@ -6,6 +6,7 @@ Without a worker, `wait_for_workers` is work that ends at once (for none), or ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -160,17 +161,33 @@ def test_a_call_needs_a_running_loop(controller: ControllerNode) -> None:
         controller._native.wait_for_workers(0, None)
 
 
-async def test_an_await_that_is_dropped_ends(controller: ControllerNode) -> None:
-    # A cycle that only the collector finds: the await refers to its task, and the task to the await.
-    async def forever() -> None:
-        await controller.wait_for_workers(1, timeout=None)
+async def test_a_task_that_nobody_holds_goes_on(controller: ControllerNode) -> None:
+    ended = asyncio.Event()
 
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda *_: None)  # it is destroyed while it is pending
-    task = loop.create_task(forever())
+    async def wait() -> None:
+        with contextlib.suppress(TimeoutError):
+            await controller.wait_for_workers(1, timeout=0.05)
+        ended.set()
+
+    # The event loop holds its tasks weakly, and what this one waits for is no Python object.
+    asyncio.get_running_loop().create_task(wait())
     await asyncio.sleep(0)
-    gone = weakref.ref(task)
-    del task
+    gc.collect()
+    await asyncio.wait_for(ended.wait(), PATIENCE)
+
+
+def test_a_task_of_a_closed_loop_is_let_go_of(controller: ControllerNode) -> None:
+    def abandon() -> weakref.ref[Any]:
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)  # the task is destroyed while it is pending
+        task = loop.create_task(controller.wait_for_workers(1, timeout=None))
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        return weakref.ref(task)
+
+    gone = abandon()
+    # The next loop notices that the other one is closed.
+    asyncio.run(controller.wait_for_workers(0, timeout=PATIENCE))
     gc.collect()
     assert gone() is None
 
