@@ -281,7 +281,7 @@ async def test_a_stream_that_nobody_reads_is_ended() -> None:
             yield "on "
 
     # The idle limit is that of the reader, too.
-    async with ControllerNode(config(streamIdleTimeoutMs=200)) as controller:
+    async with ControllerNode(config(streamIdleTimeoutMs=2000)) as controller:
         controller.add_local_worker(babbles, models=["tiny"])
         stream = await controller.handle_streaming_request(asked())
         other = await controller.handle_streaming_request(asked())
