@@ -231,6 +231,12 @@ impl Call {
         self.give_up(told.caused_by(error))
     }
 
+    /// The reader cannot follow: nobody's failure but its own.
+    pub(super) fn abandoned(&mut self, attempt: Attempt, error: ControllerError) -> ControllerError {
+        drop(attempt);
+        self.give_up(error)
+    }
+
     /// Chooses a worker, waiting for a place where all are full.
     async fn lease(&mut self) -> Result<Lease, ControllerError> {
         let mut ticket = None;

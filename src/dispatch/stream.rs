@@ -77,6 +77,15 @@ impl TokenStream {
         self.outcome.as_ref()?.as_ref().ok()
     }
 
+    /// Ends a stream that its reader cannot follow: with an error that blames no worker, and is what the stream says from now
+    /// on. Without effect where it has ended.
+    pub fn abandon(&mut self, error: ControllerError) {
+        if let Some(attempt) = self.attempt.take() {
+            self.ready.clear();
+            self.outcome = Some(Err(self.call.abandoned(attempt, error)));
+        }
+    }
+
     fn follow(&mut self, step: Result<Step, ControllerError>) {
         match step {
             Ok(Step::Token(token)) => self.take(token),

@@ -147,8 +147,8 @@ async fn pull(channel: Arc<Channel>, mut stream: TokenStream, idle: Duration) {
             () = channel.closed.cancelled() => break End::Closed,
             room = tokio::time::timeout(idle, channel.room()) => if room.is_err() {
                 let message = format!("nothing was read of the stream for {} ms while {CAPACITY} events waited", idle.as_millis());
-                let error = ControllerError::new(ControllerErrorCode::StreamInterrupted, message);
-                break End::Failed(error.with("requestId", channel.request_id.as_str()).with("limit", "reader"));
+                let error = ControllerError::new(ControllerErrorCode::StreamInterrupted, message).with("limit", "reader");
+                stream.abandon(error);
             },
         }
         let batch = tokio::select! {

@@ -82,6 +82,19 @@ async fn a_caller_that_goes_away_gives_everything_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_stream_that_its_reader_cannot_follow_blames_no_worker() {
+    let controller = controller(json!({})).await;
+    let worker = worker(&controller, "w", &[Say("a"), Stall]);
+    let mut stream = streaming(&controller).await.unwrap();
+    stream.abandon(ControllerError::new(Code::StreamInterrupted, "nobody reads"));
+    assert_eq!(stream.next_batch().await.unwrap_err().message(), "nobody reads");
+    worker.cancelled(1).await;
+    assert_eq!(controller.request_metrics("r").unwrap().final_error.unwrap().code, Code::StreamInterrupted);
+    assert_eq!(controller.breaker_stats()[0].1.failure_count, 0);
+    assert_at_rest(&controller);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_active_id_is_taken_and_an_ended_one_is_replaced() {
     let controller = controller(json!({})).await;
     worker(&controller, "w", &[Wait(100), Respond("ok")]);
