@@ -20,6 +20,8 @@ const HEADERS: usize = 1024;
 /// The first wait before a reconnect; it grows by as much each time, up to the longest.
 const RECONNECT_STEP: Duration = Duration::from_millis(50);
 const RECONNECT_LONGEST: Duration = Duration::from_secs(2);
+/// How long the server may take to confirm what it was sent.
+const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 /// How long the last messages may take to leave when a connection is closed.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -180,7 +182,16 @@ impl NatsConnection {
     /// # Errors
     /// NATS_ERROR: the connection is down.
     pub async fn flush(&self) -> Result<(), ControllerError> {
-        self.client.flush().await.map_err(|error| lost(&error))
+        // The client's own flush ends when the bytes have left this process. A server takes a client's words in their order,
+        // so an echo says that it has taken all that came before.
+        let subject = self.client.new_inbox();
+        let mut echo = self.subscribe(subject.clone()).await?;
+        self.publish(subject, Bytes::new()).await?;
+        match tokio::time::timeout(FLUSH_LIMIT, echo.next()).await {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err(lost(&"it was closed")),
+            Err(_) => Err(lost(&"the server does not answer")),
+        }
     }
 
     /// Sends what is left, then closes. Takes a bounded time.
