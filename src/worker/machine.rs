@@ -60,8 +60,8 @@ pub(super) fn default_worker_id(host: &str) -> WorkerId {
 }
 
 fn gib(bytes: u64) -> f64 {
-    // Two decimals are enough, and shorter.
-    (bytes as f64 / GIB * 100.0).round() / 100.0
+    // A megabyte is exact enough, and shorter.
+    (bytes as f64 / GIB * 1000.0).round() / 1000.0
 }
 
 #[cfg(test)]

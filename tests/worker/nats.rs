@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mlx_serving_router::config::NatsMode;
+use mlx_serving_router::config::{NatsMode, ServerUrls};
 use mlx_serving_router::transport::Transport;
 use mlx_serving_router::wire::{Phase, Reply};
 use mlx_serving_router::worker::WorkerState;
@@ -184,34 +184,38 @@ async fn of_two_workers_of_one_name_the_newer_stays() {
 
 #[tokio::test]
 async fn a_worker_outlives_its_server_and_its_answer_goes_out_afterwards() {
-    let server = server!();
-    let port = server.port();
-    let mut fleet = Fleet::of(&server, 60_000).await;
-    let worker = fleet.started("w").await;
-    let raw = async_nats::connect(server.url()).await.unwrap();
-    let mut inbox = raw.subscribe("answers").await.unwrap();
-    raw.flush().await.unwrap();
-    let body = serde_json::to_vec(&request("r", true)).unwrap();
-    raw.publish_with_reply("p.inference.w", "answers", body.into()).await.unwrap();
-    let job = tokio::time::timeout(PATIENCE, worker.jobs().next()).await.unwrap().unwrap();
-    drop(server);
-    let mut link = fleet.connection.link();
-    tokio::time::timeout(PATIENCE, link.wait_for(|link| !link.connected)).await.unwrap().unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    for number in 0..100 {
-        job.token("x", &[number], None);
+    let Some((staying, leaving)) = Server::start_two().await else { return };
+    let mut fleet = Fleet::of(&staying, 60_000).await;
+    // Until the two servers know of each other's clients.
+    let probe = async_nats::connect(leaving.url()).await.unwrap();
+    let mut probed = fleet.connection.subscribe("probe".into()).await.unwrap();
+    while tokio::time::timeout(Duration::from_millis(20), probed.next()).await.is_err() {
+        probe.publish("probe", "".into()).await.unwrap();
     }
-    let _server = Server::start_on(port).await.unwrap();
+    fleet.config.nats.server_url = ServerUrls::One(leaving.url());
+    let worker = fleet.started("w").await;
+    let mut mailbox = fleet.ask(&worker, request("r", true)).await;
+    accepted(&mut mailbox).await;
+    let job = tokio::time::timeout(PATIENCE, worker.jobs().next()).await.unwrap().unwrap();
+    job.token("x", &[0], None);
+    assert!(matches!(reply(&mut mailbox).await, Reply::Token(token) if token.index == 0));
+    drop(leaving);
     let again = message(&mut fleet.registrations).await;
     assert_eq!(again["incarnation"], worker.incarnation(), "it registers again by itself");
-    tokio::time::timeout(PATIENCE, async { while raw.flush().await.is_err() {} }).await.unwrap();
+    for number in 1..100 {
+        job.token("x", &[number], None);
+    }
     job.done(finish(), None);
-    use futures_util::StreamExt;
-    let mut kinds = Vec::new();
-    while kinds.last() != Some(&json!("done")) {
-        let next = tokio::time::timeout(PATIENCE, inbox.next()).await.expect("the rest of the answer comes").unwrap();
-        let next: Value = serde_json::from_slice(&next.payload).unwrap();
-        kinds.push(next["type"].clone());
+    let mut next = 1;
+    loop {
+        match reply(&mut mailbox).await {
+            Reply::Token(token) => {
+                assert_eq!(token.index, next);
+                next += token.width();
+            }
+            Reply::Done(done) => break assert_eq!((next, done.usage.completion_tokens), (100, 100)),
+            other => panic!("{other:?}"),
+        }
     }
     worker.stop(Duration::ZERO).await;
 }

