@@ -2,7 +2,6 @@
 //! nats-server.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
-#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod desk;
 mod fleet;
