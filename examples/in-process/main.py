@@ -6,6 +6,7 @@ python examples/in-process/main.py
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 import mlx_serving_router as msr
@@ -70,5 +71,6 @@ def without_asyncio() -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("mlx_serving_router").setLevel("ERROR")  # one of the workers fails on purpose
     asyncio.run(with_asyncio())
     without_asyncio()

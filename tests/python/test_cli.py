@@ -261,6 +261,7 @@ def test_up_needs_nats(tmp_path: Path, model: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.nats
+@pytest.mark.slow
 def test_up_ends_when_no_worker_is_left(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(MODEL, broken)
@@ -291,9 +292,8 @@ def _curl(started: Program) -> dict[str, object]:
 
 @pytest.mark.model
 @pytest.mark.nats
-@pytest.mark.parametrize(
-    ("end", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)])
 def test_up_serves_and_leaves_nothing_behind(
     end: int, status: int, tmp_path: Path, model: Path, taken: int
 ) -> None:
@@ -316,6 +316,7 @@ def test_up_serves_and_leaves_nothing_behind(
 
 @pytest.mark.model
 @pytest.mark.nats
+@pytest.mark.slow
 def test_up_tells_of_a_worker_that_dies(tmp_path: Path, model: Path) -> None:
     command = (*ROUTER, "up", "--port", "0", "--model", f"tiny={model}", "--workers", "2")
     with program(*command, scratch=tmp_path) as started:
@@ -342,8 +343,7 @@ def _pid_of_a_worker(model: Path) -> int:
 
 @pytest.mark.model
 @pytest.mark.nats
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_serve_and_worker_meet_and_end(end: int, tmp_path: Path, model: Path, closed: int) -> None:
+def test_serve_and_worker_meet_and_end(tmp_path: Path, model: Path, closed: int) -> None:
     (tmp_path / "cluster.yaml").write_text(f"nats: {{embedded: {{port: {closed}}}}}\n")
     with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
         url = _url(controller)
@@ -351,10 +351,10 @@ def test_serve_and_worker_meet_and_end(end: int, tmp_path: Path, model: Path, cl
         with program(*command, scratch=tmp_path) as worker:
             worker.line_with("w is ready")
             assert "tiny" in json.dumps(get(f"{url}/v1/models"))
-            worker.send(end)
+            worker.send(signal.SIGTERM)
             assert worker.ends() == 0
             assert "w has ended" in worker.output
-        controller.send(end)
+        controller.send(signal.SIGINT)
         assert controller.ends() == 0
     assert all_gone(tmp_path)
 

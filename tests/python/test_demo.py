@@ -97,7 +97,7 @@ def test_it_complains_of_what_is_wrong(
     monkeypatch.setattr(demo, "ask", lambda *_, **__: demo.Answer(next(given), ""))
     fleet = demo.Fleet("http://127.0.0.1:1", dict.fromkeys("abc", Victim()))
     with pytest.raises(demo.DemoError, match=complaint):
-        demo.show(fleet)
+        demo.show(fleet, None)
 
 
 def test_a_wrong_answer_is_an_error(demo: Any) -> None:
