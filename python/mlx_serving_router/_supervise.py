@@ -17,6 +17,7 @@ Started by its path, never imported: it must not load the package, whose extensi
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -52,8 +53,7 @@ def main(directory: str, command: list[str]) -> None:
 def _tell(number: int) -> None:
     # A parent that is gone has closed the other end.
     with contextlib.suppress(BrokenPipeError):
-        sys.stdout.write(f"{number}\n")
-        sys.stdout.flush()
+        os.write(1, f"{number}\n".encode())  # past sys.stdout, which would try again at the exit and complain
 
 
 if __name__ == "__main__":
