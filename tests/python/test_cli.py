@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
+from mlx_serving_router import _logging
 from mlx_serving_router.cli import _named_models, app
 from programs import MODEL, all_gone, cli, left_behind, program
 
@@ -403,6 +405,12 @@ def test_without_typer_it_says_what_to_install(tmp_path: Path) -> None:
     with program(sys.executable, "-c", code, scratch=tmp_path) as ended:
         assert ended.ends() == 1
     assert 'pip install "mlx-serving-router[cli]"' in ended.output
+
+
+def test_a_line_of_the_log_ends_with_what_was_given_beside_its_message() -> None:
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": "worker %s", "args": ("w",), "tokens": 3})
+    line = _logging._TextFormatter("controller").format(record)
+    assert line.endswith("INFO    controller: worker w tokens=3")
 
 
 def test_logs_may_be_json(tmp_path: Path, model: Path, closed: int) -> None:
