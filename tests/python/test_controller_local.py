@@ -281,11 +281,15 @@ async def test_a_stream_that_nobody_reads_is_ended() -> None:
             yield "on "
 
     # The idle limit is that of the reader, too.
-    async with ControllerNode(config(streamIdleTimeoutMs=2000)) as controller:
+    async with ControllerNode(config(streamIdleTimeoutMs=1000)) as controller:
         controller.add_local_worker(babbles, models=["tiny"])
         stream = await controller.handle_streaming_request(asked())
         other = await controller.handle_streaming_request(asked())
         assert len([event async for event in other]) == 100_000
+        while (metadata := controller.get_request_metrics(stream.request_id)) and metadata.status == "running":
+            await asyncio.sleep(0.02)
+        assert metadata is not None
+        assert metadata.status == "failed"
         read = 0
         with pytest.raises(ControllerError) as caught:  # noqa: PT012 what came before is counted
             async for _ in stream:
