@@ -128,6 +128,8 @@ def serve(
             if server is not None:
                 _show_server(server)
                 _show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
+            elif shown["nats"]["mode"] == "none":
+                _show("note", "nats.mode is none: no worker of another process can join")
             _show(
                 "to try", _serve.curl_line(address.url, "NAME", with_key=bool(shown["controller"]["apiKeys"]))
             )

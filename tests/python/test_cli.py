@@ -376,6 +376,15 @@ def test_serve_starts_a_nats_server_again_that_died(tmp_path: Path) -> None:
     assert all_gone(tmp_path)
 
 
+def test_serve_without_nats_says_what_that_means(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("nats: {mode: none}\n")
+    with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
+        controller.line_with("note", "no worker of another process can join")
+        assert get(f"{_url(controller)}/health") == {"status": "ok"}
+        controller.send(signal.SIGTERM)
+        assert controller.ends() == 0
+
+
 _STUCK = """
 import asyncio, sys
 from mlx_serving_router._command import stop_signals
