@@ -60,7 +60,9 @@ class Parameters:
         if request.logprobs:
             raise InvalidRequestError("this engine does not report logprobs; leave logprobs unset")
         if request.response_format and request.response_format.get("type") != "text":
-            raise InvalidRequestError("this engine does not constrain its answers; the only response_format is text")
+            raise InvalidRequestError(
+                "this engine does not constrain its answers; the only response_format is text"
+            )
         top_k = _integer("top_k", request.top_k, 0, low=-1)
         temperature = _number("temperature", request.temperature, 0.0, low=0.0)
         return cls(
@@ -71,9 +73,13 @@ class Parameters:
             min_p=_number("min_p", request.min_p, 0.0, low=0.0, high=1.0),
             seed=None if request.seed is None else _integer("seed", request.seed, 0) % MAX_SEED,
             stop=_stop_strings(request.stop),
-            repetition_penalty=_number("repetition_penalty", request.repetition_penalty, 1.0, low=0.0, above_low=True),
+            repetition_penalty=_number(
+                "repetition_penalty", request.repetition_penalty, 1.0, low=0.0, above_low=True
+            ),
             presence_penalty=_number("presence_penalty", request.presence_penalty, 0.0, low=-2.0, high=2.0),
-            frequency_penalty=_number("frequency_penalty", request.frequency_penalty, 0.0, low=-2.0, high=2.0),
+            frequency_penalty=_number(
+                "frequency_penalty", request.frequency_penalty, 0.0, low=-2.0, high=2.0
+            ),
             logit_bias=_logit_bias(request.logit_bias or {}, vocabulary),
         )
 
@@ -99,9 +105,13 @@ def _chat_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if content is None:
         content = ""
     elif isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        texts = [
+            part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"
+        ]
         if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-            raise InvalidRequestError(f"{where}.content may only have parts of type text: the model reads nothing else")
+            raise InvalidRequestError(
+                f"{where}.content may only have parts of type text: the model reads nothing else"
+            )
         content = "".join(str(text) for text in texts)
     elif not isinstance(content, str):
         raise InvalidRequestError(f"{where}.content must be a string or a list of text parts")
@@ -135,7 +145,9 @@ def _number(
         raise InvalidRequestError(f"{name} must be a finite number")
     if not low <= value <= high or (above_low and value == low):
         least = f"above {low:g}" if above_low else f"at least {low:g}"
-        raise InvalidRequestError(f"{name} must be {least}" + (f" and at most {high:g}" if high < math.inf else ""))
+        raise InvalidRequestError(
+            f"{name} must be {least}" + (f" and at most {high:g}" if high < math.inf else "")
+        )
     return float(value)
 
 

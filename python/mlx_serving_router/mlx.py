@@ -243,7 +243,9 @@ def _generate(
     text = matcher.finish(decoder.finish())
     if text or undelivered:
         job.token(text, undelivered)
-    job.done("stop" if matcher.stopped else finish_reason, prompt_tokens=len(prompt), completion_tokens=generated)
+    job.done(
+        "stop" if matcher.stopped else finish_reason, prompt_tokens=len(prompt), completion_tokens=generated
+    )
 
 
 def _fail(job: Job, error: Exception, description: str) -> None:
@@ -318,10 +320,14 @@ class _LoadedModel:
             raise InvalidRequestError("this model has no chat template: send prompt instead of messages")
         tools = request.tools if request.tool_choice != "none" else None
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools or None, add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools or None, add_generation_prompt=True
+            )
         except TemplateError as error:
             # Templates raise for what they do not support; their words are the template's author's.
-            raise InvalidRequestError("the model's chat template does not accept these messages or tools") from error
+            raise InvalidRequestError(
+                "the model's chat template does not accept these messages or tools"
+            ) from error
 
 
 def _named(models: Mapping[str, Location] | Sequence[Location] | Location) -> dict[str, Location]:
@@ -329,7 +335,9 @@ def _named(models: Mapping[str, Location] | Sequence[Location] | Location) -> di
         named = [(name, location) for name, location in models.items()]
     else:
         places = [models] if isinstance(models, str | os.PathLike) else models
-        named = [(os.fspath(at) if _is_hub_id(at) else Path(at).expanduser().resolve().name, at) for at in places]
+        named = [
+            (os.fspath(at) if _is_hub_id(at) else Path(at).expanduser().resolve().name, at) for at in places
+        ]
     locations = dict(named)
     if not locations or not all(name for name in locations):
         raise ValueError("models must name at least one model, and no name may be empty")
@@ -339,7 +347,9 @@ def _named(models: Mapping[str, Location] | Sequence[Location] | Location) -> di
 
 
 def _is_hub_id(location: Location) -> bool:
-    return isinstance(location, str) and _HUB_ID.fullmatch(location) is not None and not Path(location).exists()
+    return (
+        isinstance(location, str) and _HUB_ID.fullmatch(location) is not None and not Path(location).exists()
+    )
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -356,7 +366,9 @@ def _check_folder(name: str, folder: Path) -> None:
         "model.safetensors": ("model*.safetensors",),
         "tokenizer.json": ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*"),
     }
-    missing = [file for file, patterns in needed.items() if not any(any(folder.glob(each)) for each in patterns)]
+    missing = [
+        file for file, patterns in needed.items() if not any(any(folder.glob(each)) for each in patterns)
+    ]
     for file in ("config.json", "model.safetensors.index.json"):
         if (folder / file).exists():
             try:

@@ -286,7 +286,9 @@ async def test_a_stream_that_nobody_reads_is_ended() -> None:
         stream = await controller.handle_streaming_request(asked())
         other = await controller.handle_streaming_request(asked())
         assert len([event async for event in other]) == 100_000
-        while (metadata := controller.get_request_metrics(stream.request_id)) and metadata.status == "running":
+        while (
+            metadata := controller.get_request_metrics(stream.request_id)
+        ) and metadata.status == "running":  # noqa: ASYNC110 nothing tells of it but the metadata
             await asyncio.sleep(0.02)
         assert metadata is not None
         assert metadata.status == "failed"

@@ -100,7 +100,9 @@ class FakeQueue:
         self._taken = job is not None
         return job
 
-    def report(self, phase: str, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()) -> None:
+    def report(
+        self, phase: str, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()
+    ) -> None:
         self.reports.append((phase, tuple(loaded_models), tuple(loading_models)))
         if phase == "ready":
             self.ready.set()
@@ -248,8 +250,12 @@ def test_max_tokens_ends_with_length(engine: Running, story: FakeJob) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("stop", [["house stood"], ["stood on a", "e stood"], ["t", "house"], ["o", "ld light"]])
-def test_stops_before_a_stop_string_wherever_tokens_end(engine: Running, story: FakeJob, stop: list[str]) -> None:
+@pytest.mark.parametrize(
+    "stop", [["house stood"], ["stood on a", "e stood"], ["t", "house"], ["o", "ld light"]]
+)
+def test_stops_before_a_stop_string_wherever_tokens_end(
+    engine: Running, story: FakeJob, stop: list[str]
+) -> None:
     job = engine.ask("Tell me a story.", stop=stop)
     end = min((story.text.find(text) + len(text), story.text.find(text)) for text in stop)[1]
     assert job.text == story.text[:end]
@@ -270,7 +276,9 @@ def test_the_context_length_bounds_prompt_and_answer(engine: Running) -> None:
     job = engine.ask(prompt="cat" * 10 * context)
     assert job.end.code == "REQUEST_VALIDATION_FAILED"
     tokens_of_a_word = engine.ask(prompt=" cat" * 10, max_tokens=1).end.prompt_tokens // 10
-    nearly = engine.ask(prompt=" cat" * (context // tokens_of_a_word - 3), max_tokens=100, logit_bias={"5": 100})
+    nearly = engine.ask(
+        prompt=" cat" * (context // tokens_of_a_word - 3), max_tokens=100, logit_bias={"5": 100}
+    )
     assert nearly.end.finish_reason == "length"
     assert nearly.end.prompt_tokens + nearly.end.completion_tokens == context
 
@@ -293,7 +301,10 @@ def test_a_seed_makes_sampling_repeatable(engine: Running) -> None:
 def test_biases_and_penalties_change_the_answer(engine: Running) -> None:
     plain = engine.ask("Count to ten.", max_tokens=12)
     comma = plain.token_ids[1]
-    assert engine.ask("Count to ten.", max_tokens=12, logit_bias={str(comma): -100.0}).token_ids != plain.token_ids
+    assert (
+        engine.ask("Count to ten.", max_tokens=12, logit_bias={str(comma): -100.0}).token_ids
+        != plain.token_ids
+    )
     for name, value in (("repetition_penalty", 40.0), ("presence_penalty", 2.0), ("frequency_penalty", 2.0)):
         job = engine.ask("Count to ten.", max_tokens=12, **{name: value})
         assert job.end.code is None, name
