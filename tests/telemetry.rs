@@ -53,7 +53,7 @@ fn a_retried_request_tells_its_whole_story() {
     let told: Vec<_> = last.attempts.iter().map(|a| (a.started_ms - last.start_time, a.duration_ms, a.code)).collect();
     assert_eq!(told, [(1, Some(10.0), Some(Code::WorkerTimeout)), (20, Some(20.0), None)]);
     assert_eq!((&*last.attempts[0].choice, &last.attempts[1].left_out), ("affinity", &vec![left_out]));
-    assert_eq!(requests.get("r", start + ms(40)), Some(last));
+    assert_eq!(requests.get("r", start + ms(40)), Some(Arc::unwrap_or_clone(last)));
     assert_eq!((requests.active(), requests.queued(), requests.completed()), (0, 0, 1));
 }
 
@@ -66,7 +66,7 @@ fn a_dropped_record_ends_as_cancelled() {
     drop(requests.begin(&request("queued"), start).unwrap());
 
     let last = requests.get("r", start).unwrap();
-    assert_eq!((last.status, last.final_error.unwrap().code), (RequestStatus::Cancelled, Code::Cancelled));
+    assert_eq!((last.status, last.final_error.clone().unwrap().code), (RequestStatus::Cancelled, Code::Cancelled));
     assert_eq!(last.attempts[0].code, Some(Code::Cancelled));
     assert!(last.failed_workers.is_empty(), "a cancellation is no failure of the worker");
     assert_eq!((requests.active(), requests.queued(), requests.completed()), (0, 0, 2));
@@ -77,8 +77,8 @@ fn a_failure_before_any_attempt_keeps_its_error() {
     let (requests, start) = (requests(1_000, 10), Instant::now());
     let mut record = requests.begin(&request("r"), start).unwrap();
     let last = record.finish(Err(&ControllerError::new(Code::NoWorkersAvailable, "x".repeat(10_000))), start);
-    assert_eq!((last.status, last.retry_count, last.selected_worker), (RequestStatus::Failed, 0, None));
-    let error = last.final_error.unwrap();
+    assert_eq!((last.status, last.retry_count, &last.selected_worker), (RequestStatus::Failed, 0, &None));
+    let error = last.final_error.clone().unwrap();
     assert_eq!((error.code, error.message.len()), (Code::NoWorkersAvailable, 512));
 }
 
@@ -138,14 +138,14 @@ fn metadata_travels_as_camel_case_json() {
     let mut record = requests.begin(&request("r"), start).unwrap();
     record.attempt_started(&worker("a"), "strategy", vec![], start);
     let metadata = record.finish(Err(&ControllerError::new(Code::StreamInterrupted, "broken")), start);
-    let json = serde_json::to_value(&metadata).unwrap();
+    let json = serde_json::to_value(&*metadata).unwrap();
     assert_eq!(json["status"], "failed");
     assert_eq!(json["finalError"], serde_json::json!({"code": "STREAM_INTERRUPTED", "message": "broken"}));
     assert_eq!(json["attempts"][0]["workerId"], "a");
     for key in ["circuitBreakerTrips", "timeToFirstTokenMs", "failedWorkers", "selectedWorker", "startTime", "endTime"] {
         assert!(json.get(key).is_some(), "{key}");
     }
-    assert_eq!(serde_json::from_value::<RequestMetadata>(json).unwrap(), metadata);
+    assert_eq!(serde_json::from_value::<RequestMetadata>(json).unwrap(), *metadata);
 }
 
 fn gauges(workers: &[&str]) -> Gauges {

@@ -1,12 +1,13 @@
 """A routing controller for a fleet of mlx-lm inference workers, inside a Python process.
 
 `ControllerNode` is where to begin; `README.md` has a tour. The parts with extra dependencies are modules of their own:
-`mlx_serving_router.fastapi`, `mlx_serving_router.mlx`, `mlx_serving_router.testing`.
+`mlx_serving_router.fastapi` and `mlx_serving_router.mlx`.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 
 from mlx_serving_router import _logs, _native
 from mlx_serving_router._controller import ControllerNode
@@ -66,5 +67,6 @@ def _exit() -> None:
     _logs.stop()
 
 
+os.register_at_fork(after_in_child=_native.forked)
 # Before the interpreter goes: what runs is ended while there is something to end it in.
 atexit.register(_exit)

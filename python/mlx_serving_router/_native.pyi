@@ -28,6 +28,9 @@ CONTROLLER_STATES: Final[tuple[str, ...]]
 
 # === runtime.rs, logs.rs ===
 
+def forked() -> None:
+    """Notice, in a forked child, that this is another process."""
+
 def shutdown() -> None:
     """End the runtime with all that it runs."""
 

@@ -26,6 +26,7 @@ pub(super) struct Admission {
     max_queue: usize,
     max_wait: Duration,
     lines: Mutex<Lines>,
+    arrived: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -63,6 +64,7 @@ impl Admission {
             max_queue: config.max_queue,
             max_wait: Duration::from_millis(config.max_wait_ms),
             lines: Mutex::default(),
+            arrived: Notify::new(),
         })
     }
 
@@ -75,6 +77,13 @@ impl Admission {
     /// How many stand in all lines.
     pub(super) fn waiting(&self) -> usize {
         self.lines.lock().waiting
+    }
+
+    /// Returns when somebody stands in a line.
+    pub(super) async fn somebody_waits(&self) {
+        while self.waiting() == 0 {
+            self.arrived.notified().await;
+        }
     }
 
     /// Joins a line until `deadline` at the latest.
@@ -107,6 +116,7 @@ impl Admission {
         };
         lines.by_name.entry(name.clone()).or_default().insert(place, waiter.clone());
         lines.waiting += 1;
+        self.arrived.notify_one();
         let until = deadline.min(now + self.max_wait);
         Ok(Ticket { admission: self.clone(), line: name, place, waiter, since: now, until })
     }

@@ -1,5 +1,7 @@
 //! A whole answer.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -26,7 +28,7 @@ pub struct Answer {
     /// Log probabilities, in the OpenAI API's shape; of a stream they went with its tokens.
     pub logprobs: Option<Json>,
     /// How it came about; final.
-    pub metadata: RequestMetadata,
+    pub metadata: Arc<RequestMetadata>,
 }
 
 /// The log probabilities of an answer that is put together from its tokens.

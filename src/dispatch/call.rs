@@ -76,7 +76,7 @@ impl Call {
             let mut request = Arc::unwrap_or_clone(request);
             request.stream = stream;
             if request.request_id.is_empty() {
-                request.request_id = core.new_id();
+                request.request_id = uuid::Uuid::new_v4().to_string();
             }
             Arc::new(request)
         };
@@ -458,7 +458,7 @@ impl Call {
     }
 
     /// Closes the books. What is recorded is final before the caller hears of it.
-    fn end(&mut self, result: Result<(), &ControllerError>, now: Instant) -> RequestMetadata {
+    fn end(&mut self, result: Result<(), &ControllerError>, now: Instant) -> Arc<RequestMetadata> {
         self.ended = true;
         let metadata = self.record.finish(result, now);
         self.tell_end(result.err().map(ControllerError::code), now);

@@ -149,20 +149,6 @@ impl Core {
             ],
         })
     }
-
-    /// A name for a request, in the form of a random UUID (RFC 9562, version 4).
-    pub(super) fn new_id(&self) -> String {
-        let bits = self.rng.lock().u128(..);
-        let bits = bits & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
-        format!(
-            "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
-            bits >> 96,
-            (bits >> 80) & 0xffff,
-            (bits >> 64) & 0xffff,
-            (bits >> 48) & 0xffff,
-            bits & 0xffff_ffff_ffff
-        )
-    }
 }
 
 /// Better refused at the start than found missing later.

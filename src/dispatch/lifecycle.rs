@@ -182,15 +182,15 @@ async fn tick(core: Arc<Core>) {
     }
 }
 
-/// Tells those who wait for a place that one may be free.
+/// Tells those who wait for a place that one may be free. Where nobody waits, a freed place wakes nobody.
 async fn usher(core: Arc<Core>) {
-    let freed = core.router.capacity_freed().notified();
-    tokio::pin!(freed);
-    freed.as_mut().enable();
     loop {
-        freed.as_mut().await;
-        freed.set(core.router.capacity_freed().notified());
+        core.admission.somebody_waits().await;
+        let freed = core.router.capacity_freed().notified();
+        tokio::pin!(freed);
         freed.as_mut().enable();
+        // For places that became free before this one was watched.
         core.admission.wake();
+        freed.await;
     }
 }

@@ -55,7 +55,7 @@ struct AnswerDocument {
     tool_calls: Option<Json>,
     #[serde(default)]
     logprobs: Option<Json>,
-    metadata: RequestMetadata,
+    metadata: Arc<RequestMetadata>,
 }
 
 /// A usage with its sum, which is not read.
@@ -191,7 +191,7 @@ impl PyInferenceResponse {
     /// How it came about; final.
     #[getter]
     fn metadata(&self) -> PyRequestMetadata {
-        PyRequestMetadata(Arc::new(self.0.metadata.clone()))
+        PyRequestMetadata(Arc::clone(&self.0.metadata))
     }
 
     fn __hash__(&self) -> u64 {

@@ -38,7 +38,7 @@ pub(super) fn duration(name: &str, seconds: f64) -> Result<Duration, ControllerE
 
 fn streaming(
     controller: Controller,
-    request: InferenceRequest,
+    request: Arc<InferenceRequest>,
     options: CallOptions,
 ) -> impl Future<Output = Result<Reader, ControllerError>> + Send + 'static {
     let idle = Duration::from_millis(controller.config().request_routing.stream_idle_timeout_ms);
@@ -143,7 +143,7 @@ impl PyController {
         let options = errors::unwrap(py, options(timeout, worker_id, traceparent))?;
         let (controller, request) = (self.0.get()?.clone(), Arc::clone(&request.get().0));
         bridge::awaitable(py, async move {
-            let answer = controller.buffered(Arc::unwrap_or_clone(request), options).await?;
+            let answer = controller.buffered(request, options).await?;
             Ok(PyInferenceResponse(Arc::new(answer)))
         })
     }
@@ -159,7 +159,7 @@ impl PyController {
     ) -> PyResult<PyInferenceResponse> {
         let options = errors::unwrap(py, options(timeout, worker_id, None))?;
         let (controller, request) = (self.0.get()?.clone(), Arc::clone(&request.get().0));
-        let answer = async move { controller.buffered(Arc::unwrap_or_clone(request), options).await };
+        let answer = async move { controller.buffered(request, options).await };
         Ok(PyInferenceResponse(Arc::new(bridge::block_on(py, answer)?)))
     }
 
@@ -174,7 +174,7 @@ impl PyController {
         traceparent: Option<String>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let options = errors::unwrap(py, options(timeout, worker_id, traceparent))?;
-        let stream = streaming(self.0.get()?.clone(), (*request.get().0).clone(), options);
+        let stream = streaming(self.0.get()?.clone(), Arc::clone(&request.get().0), options);
         bridge::awaitable(py, async move { stream.await.map(PyTokenStream::new) })
     }
 
@@ -188,7 +188,7 @@ impl PyController {
         worker_id: Option<String>,
     ) -> PyResult<BlockingTokenStream> {
         let options = errors::unwrap(py, options(timeout, worker_id, None))?;
-        let stream = streaming(self.0.get()?.clone(), (*request.get().0).clone(), options);
+        let stream = streaming(self.0.get()?.clone(), Arc::clone(&request.get().0), options);
         bridge::block_on(py, stream).map(BlockingTokenStream::new)
     }
 

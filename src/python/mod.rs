@@ -33,7 +33,6 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::dispatch::ControllerState;
@@ -66,7 +65,7 @@ mod _native {
     #[pymodule_export]
     use super::router::{PyLease, PyRouter};
     #[pymodule_export]
-    use super::runtime::shutdown;
+    use super::runtime::{forked, shutdown};
     #[pymodule_export]
     use super::stream::{BlockingTokenStream, Next, PyTokenStream, TokenBatches};
     #[pymodule_export]
@@ -111,10 +110,4 @@ fn hash<T: Hash>(value: &T) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
-}
-
-/// A new name that nobody else has.
-fn uuid4(py: Python<'_>) -> PyResult<String> {
-    static UUID4: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    UUID4.import(py, "uuid", "uuid4")?.call0()?.str()?.extract()
 }

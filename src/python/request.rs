@@ -88,11 +88,11 @@ fn set(request: &mut InferenceRequest, name: &str, value: &Bound<'_, PyAny>) -> 
     Ok(true)
 }
 
-fn finished(py: Python<'_>, mut request: InferenceRequest) -> PyResult<PyInferenceRequest> {
+fn finished(mut request: InferenceRequest) -> PyInferenceRequest {
     if request.request_id.is_empty() {
-        request.request_id = super::uuid4(py)?;
+        request.request_id = uuid::Uuid::new_v4().to_string();
     }
-    Ok(PyInferenceRequest(Arc::new(request)))
+    PyInferenceRequest(Arc::new(request))
 }
 
 #[pymethods]
@@ -105,7 +105,7 @@ impl PyInferenceRequest {
             presence_penalty=None, frequency_penalty=None, logit_bias=None, logprobs=None, tools=None, tool_choice=None, \
             response_format=None, stream=None, priority=None, resume=None)"
     )]
-    fn new(py: Python<'_>, model_id: &Bound<'_, PyAny>, fields: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+    fn new(model_id: &Bound<'_, PyAny>, fields: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
         let mut request = InferenceRequest::default();
         set(&mut request, "model_id", model_id)?;
         for (name, value) in fields.into_iter().flatten() {
@@ -119,7 +119,7 @@ impl PyInferenceRequest {
                 return Err(PyTypeError::new_err(format!("InferenceRequest has no field {name}{hint}")));
             }
         }
-        finished(py, request)
+        Ok(finished(request))
     }
 
     /// A request from the dictionary of the wire, with camelCase keys. Unknown keys are ignored.
@@ -136,7 +136,7 @@ impl PyInferenceRequest {
             has_model |= name == "model_id";
             set(&mut request, &name, &value)?;
         }
-        if has_model { finished(fields.py(), request) } else { Err(PyTypeError::new_err("modelId is missing")) }
+        if has_model { Ok(finished(request)) } else { Err(PyTypeError::new_err("modelId is missing")) }
     }
 
     /// The dictionary of the wire, with camelCase keys and without what is not set.

@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -21,6 +22,9 @@ use super::logs::{self, Logs};
 const THREADS: usize = 2;
 /// How long the exit of the interpreter waits for threads that do not stop.
 const SHUTDOWN: Duration = Duration::from_secs(1);
+
+/// The id of this process; asking the system each time would cost a system call.
+static ID: AtomicU32 = AtomicU32::new(0);
 
 static CURRENT: ArcSwapOption<Process> = ArcSwapOption::const_empty();
 
@@ -41,9 +45,27 @@ pub(super) struct OfProcess<T> {
     value: Option<T>,
 }
 
+/// The id of this process.
+fn process_id() -> u32 {
+    match ID.load(Ordering::Relaxed) {
+        0 => {
+            let id = std::process::id();
+            ID.store(id, Ordering::Relaxed);
+            id
+        }
+        id => id,
+    }
+}
+
+/// To be called in a forked child before anything else: the id has changed.
+#[pyfunction]
+pub(super) fn forked() {
+    ID.store(std::process::id(), Ordering::Relaxed);
+}
+
 /// What this process has, made now where it has nothing yet.
 pub(super) fn current(_py: Python<'_>) -> PyResult<Arc<Process>> {
-    let id = std::process::id();
+    let id = process_id();
     if let Some(process) = CURRENT.load().as_ref().filter(|process| process.id == id) {
         return if process.is_over() {
             Err(PyRuntimeError::new_err("the interpreter is exiting: nothing can be started any more"))
@@ -67,7 +89,7 @@ pub(super) fn current(_py: Python<'_>) -> PyResult<Arc<Process>> {
 
 /// What this process has, where it has anything. Also once the interpreter exits.
 pub(super) fn existing() -> Option<Arc<Process>> {
-    CURRENT.load_full().filter(|process| process.id == std::process::id())
+    CURRENT.load_full().filter(|process| process.id == process_id())
 }
 
 /// Ends the runtime with all that it runs. Called at the exit of the interpreter, which is not needed for it; without effect
@@ -106,31 +128,31 @@ impl Process {
 impl<T> OfProcess<T> {
     /// Binds a value to this process. `what` names it in errors.
     pub(super) fn new(what: &'static str, value: T) -> Self {
-        Self { id: std::process::id(), what, value: Some(value) }
+        Self { id: process_id(), what, value: Some(value) }
     }
 
     /// The value.
     pub(super) fn get(&self) -> PyResult<&T> {
         match &self.value {
-            Some(value) if self.id == std::process::id() => Ok(value),
+            Some(value) if self.id == process_id() => Ok(value),
             _ => Err(PyRuntimeError::new_err(format!(
                 "this {} belongs to process {}, which was forked into this one ({}); make a new controller here",
                 self.what,
                 self.id,
-                std::process::id()
+                process_id()
             ))),
         }
     }
 
     /// The value, where this is its process.
     pub(super) fn if_here(&self) -> Option<&T> {
-        self.value.as_ref().filter(|_| self.id == std::process::id())
+        self.value.as_ref().filter(|_| self.id == process_id())
     }
 }
 
 impl<T> Drop for OfProcess<T> {
     fn drop(&mut self) {
-        if self.id != std::process::id() {
+        if self.id != process_id() {
             std::mem::forget(self.value.take());
         }
     }

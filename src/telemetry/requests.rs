@@ -300,12 +300,12 @@ impl RequestRecord {
     }
 
     /// Closes the record, and with it an attempt that still runs. Gives the final metadata. Done once; nothing follows it.
-    pub fn finish(&mut self, result: Result<(), &ControllerError>, now: Instant) -> RequestMetadata {
+    pub fn finish(&mut self, result: Result<(), &ControllerError>, now: Instant) -> Arc<RequestMetadata> {
         let error = result
             .err()
             .map(|error| FinalError { code: error.code(), message: error.message().chars().take(MESSAGE_MAX).collect() });
         self.close(error, now);
-        self.snapshot()
+        self.live.snapshot()
     }
 
     /// What is known so far.
