@@ -5,6 +5,7 @@ Nothing here needs the extension module.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from mlx_serving_router.nats_server import NatsServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from cluster import WorkerProcess
 
 _prefixes = itertools.count(1)
 
@@ -30,3 +33,22 @@ def nats() -> Iterator[NatsServer]:
 def nats_prefix() -> str:
     """A `nats.subjectPrefix` that no other test uses."""
     return f"t{os.getpid()}-{next(_prefixes)}."
+
+
+@pytest.fixture(scope="session")
+def tiny_prefix() -> str:
+    """The `nats.subjectPrefix` of `tiny_workers`."""
+    return f"tiny{os.getpid()}."
+
+
+@pytest.fixture(scope="session")
+def tiny_workers(nats: NatsServer, tiny_prefix: str) -> Iterator[list[WorkerProcess]]:
+    """Two worker processes with the tiny model, shared by the whole run: they are healthy, and have to stay so."""
+    from cluster import WorkerProcess
+
+    if importlib.util.find_spec("mlx_lm") is None:
+        pytest.skip("the extra [mlx] is not installed")
+    workers = [WorkerProcess(nats.url, tiny_prefix, f"tiny-{number}") for number in range(2)]
+    yield workers
+    for worker in workers:
+        worker.close()
