@@ -1,8 +1,9 @@
 //! Two workers of one name: which of them gives way.
 //!
-//! The newer one stays, and newer means registered later. Each registration therefore says how long ago its sender first
-//! registered (`ageMs`, a field of ours that others ignore), measured by the sender's own clocks; whoever was there before
-//! gives way. Two that register within a moment of each other cannot tell who was first: the greater incarnation stays.
+//! The newer one stays, and newer means registered later: a registration that comes after our own on the subject is
+//! newer, one that came before it is not, and its sender sees ours after its own. Workers register again, though: each
+//! registration says how long ago its sender first registered (`ageMs`, a field of ours that others ignore), measured by
+//! the sender's own clocks, and whoever was there before gives way.
 
 use std::time::Duration;
 
@@ -10,13 +11,12 @@ use tokio::time::Instant;
 
 use crate::error::epoch_ms;
 
-/// Two that both registered within this time may have crossed each other on the way.
-const CROSSING: Duration = Duration::from_secs(1);
-
 /// One worker's view of others of its name.
 pub(super) struct Rivals {
     incarnation: String,
     first: Option<(Instant, u64)>,
+    /// Our own registration has come back to us.
+    echoed: bool,
 }
 
 /// What to do about another worker of the same name.
@@ -34,7 +34,7 @@ pub(super) enum Verdict {
 
 impl Rivals {
     pub(super) fn new(incarnation: String) -> Self {
-        Self { incarnation, first: None }
+        Self { incarnation, first: None, echoed: false }
     }
 
     /// How long ago we first registered; the first call is that moment.
@@ -45,23 +45,17 @@ impl Rivals {
         instant.elapsed().max(Duration::from_millis(epoch_ms().saturating_sub(epoch)))
     }
 
-    /// Judges a registration under our name. `age`: what it says of itself.
+    /// Judges a registration under our name, our own among them. `age`: what it says of itself.
     pub(super) fn judge(&mut self, incarnation: &str, age: Option<Duration>) -> Verdict {
-        if incarnation == self.incarnation || self.first.is_none() {
+        if incarnation == self.incarnation {
+            self.echoed = true;
+        }
+        if incarnation == self.incarnation || !self.echoed {
             return Verdict::Ignore;
         }
-        let ours = self.age();
         match age {
-            Some(theirs) if theirs < CROSSING && ours < CROSSING => {
-                if incarnation > self.incarnation.as_str() {
-                    Verdict::GiveWay
-                } else {
-                    Verdict::Assert
-                }
-            }
-            Some(theirs) if theirs >= ours => Verdict::Assert,
+            Some(theirs) if theirs >= self.age() => Verdict::Assert,
             // One that does not say registers once, at its start.
-            None if ours < CROSSING => Verdict::Ignore,
             _ => Verdict::GiveWay,
         }
     }
@@ -73,14 +67,22 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
+    /// One that has registered, and has seen itself do so.
+    fn registered(incarnation: &str) -> Rivals {
+        let mut rivals = Rivals::new(incarnation.into());
+        rivals.age();
+        assert_eq!(rivals.judge(incarnation, Some(Duration::ZERO)), Verdict::Ignore);
+        rivals
+    }
+
     #[tokio::test(start_paused = true)]
     async fn the_one_that_registered_later_stays() {
-        let mut old = Rivals::new("a".into());
-        old.age();
+        let mut old = registered("a");
         tokio::time::advance(HOUR).await;
         let mut new = Rivals::new("b".into());
         assert_eq!(new.judge("a", Some(HOUR)), Verdict::Ignore, "not registered yet");
         assert_eq!(old.judge("b", Some(new.age())), Verdict::GiveWay);
+        let mut new = registered("b");
         assert_eq!(new.judge("a", Some(HOUR)), Verdict::Assert);
         tokio::time::advance(HOUR).await;
         assert_eq!(new.judge("a", Some(2 * HOUR)), Verdict::Assert, "the old one was away and is back");
@@ -88,21 +90,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn of_two_that_cross_exactly_one_stays() {
-        let (mut one, mut two) = (Rivals::new("a".into()), Rivals::new("b".into()));
-        let (age_one, age_two) = (one.age(), two.age());
-        assert_eq!(one.judge("b", Some(age_two)), Verdict::GiveWay);
-        assert_eq!(two.judge("a", Some(age_one)), Verdict::Assert);
+    async fn of_two_that_start_at_once_the_one_whose_word_came_later_stays() {
+        let (mut one, mut two) = (Rivals::new("b".into()), Rivals::new("a".into()));
+        let ages = [one.age(), two.age()];
+        tokio::time::advance(Duration::from_millis(1)).await;
+        // Both see the same order on the subject: one, then two.
+        assert_eq!(one.judge("b", Some(ages[0])), Verdict::Ignore);
+        assert_eq!(two.judge("b", Some(ages[0])), Verdict::Ignore);
+        assert_eq!(one.judge("a", Some(ages[1])), Verdict::GiveWay);
+        assert_eq!(two.judge("a", Some(ages[1])), Verdict::Ignore);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn its_own_registration_and_a_silent_stranger_at_its_start_change_nothing() {
+    async fn one_that_says_no_age_is_as_new_as_its_word() {
         let mut rivals = Rivals::new("a".into());
         rivals.age();
-        assert_eq!(rivals.judge("a", Some(Duration::ZERO)), Verdict::Ignore);
         assert_eq!(rivals.judge("b", None), Verdict::Ignore);
-        tokio::time::advance(HOUR).await;
-        assert_eq!(rivals.judge("a", Some(HOUR)), Verdict::Ignore);
-        assert_eq!(rivals.judge("b", None), Verdict::GiveWay);
+        assert_eq!(registered("a").judge("b", None), Verdict::GiveWay);
     }
 }
