@@ -522,6 +522,8 @@ def _at_exit() -> None:
     with _lock:
         left = list(_running)
         own = _own
+    # What is cut off now is cut off by the exit, and nobody's failure: nothing is to be read of it.
+    _logs.stop()
     for runner in left:
         runner.native.begin_stop(0.0)
     for runner in left:
