@@ -5,6 +5,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep};
@@ -187,6 +188,9 @@ impl Attempt {
         let blameless = error.code() == ControllerErrorCode::WorkerTimeout
             && self.timers.shortened_by_caller()
             && self.is_requests_own_end(error);
+        if let (Some(lease), Some(Ok(after))) = (&self.lease, error.retry_after_ms().map(u64::try_from)) {
+            lease.hold_back(Duration::from_millis(after), now);
+        }
         let outcome = if blameless { Outcome::Ignored } else { Outcome::Failure(error.code()) };
         self.lease.take().is_some_and(|lease| lease.end(outcome, now))
     }

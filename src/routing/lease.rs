@@ -155,6 +155,11 @@ impl Lease {
         self.router.tell_breaker(&self.worker, transition);
     }
 
+    /// The worker asked to be left alone for so long: until then it has no room for anybody.
+    pub fn hold_back(&self, span: Duration, now: Instant) {
+        self.worker.load.hold_back(span, now);
+    }
+
     /// The attempt ended. Gives back everything that the lease holds before it returns; true when this end opened the
     /// breaker.
     pub fn end(mut self, outcome: Outcome, now: Instant) -> bool {

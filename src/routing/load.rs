@@ -19,6 +19,8 @@ pub(super) struct Load {
     foreign: AtomicU32,
     /// Until when `foreign` counts, in milliseconds since `born`.
     foreign_until: AtomicU64,
+    /// Until when it wants nothing, in milliseconds since `born`; 0: it said no such thing.
+    held_until: AtomicU64,
     /// `None` before the first answer.
     latency: Mutex<Option<PeakEwma>>,
 }
@@ -48,6 +50,7 @@ impl Load {
             limit: AtomicU32::new(limit),
             foreign: AtomicU32::new(0),
             foreign_until: AtomicU64::new(0),
+            held_until: AtomicU64::new(0),
             latency: Mutex::new(None),
         }
     }
@@ -70,6 +73,9 @@ impl Load {
     }
 
     pub(super) fn has_room(&self, now: Instant) -> bool {
+        if self.is_held_back(now) {
+            return false;
+        }
         match self.limit.load(Ordering::Relaxed) {
             0 => true,
             limit => self.total(now) < limit,
@@ -79,6 +85,7 @@ impl Load {
     /// Takes a place, unless there is none: of racing callers no more get one than there are.
     pub(super) fn try_enter(&self, now: Instant) -> bool {
         let limit = match self.limit.load(Ordering::Relaxed) {
+            _ if self.is_held_back(now) => return false,
             0 => u32::MAX,
             limit => limit.saturating_sub(self.foreign(now)),
         };
@@ -92,6 +99,27 @@ impl Load {
 
     pub(super) fn set_limit(&self, limit: u32) {
         self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// It asked to be left alone for so long.
+    pub(super) fn hold_back(&self, span: Duration, now: Instant) {
+        let until = self.millis(now).saturating_add(u64::try_from(span.as_millis()).unwrap_or(u64::MAX));
+        self.held_until.fetch_max(until, Ordering::Relaxed);
+    }
+
+    /// Whether its time to be left alone has just passed; says so once.
+    pub(super) fn has_rested(&self, now: Instant) -> bool {
+        let until = self.held_until.load(Ordering::Relaxed);
+        until != 0
+            && self.millis(now) >= until
+            && self.held_until.compare_exchange(until, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    fn is_held_back(&self, now: Instant) -> bool {
+        match self.held_until.load(Ordering::Relaxed) {
+            0 => false,
+            until => self.millis(now) < until,
+        }
     }
 
     /// Takes a report of requests that are not ours, good for `lifetime`.

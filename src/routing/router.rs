@@ -105,7 +105,8 @@ impl Router {
         let mut open_by_rate = false;
         let openings = self.rate_openings.load(Ordering::SeqCst);
         for worker in self.fleet().workers.values() {
-            let Some(breaker) = &worker.breaker else { break };
+            reopened |= worker.load.has_rested(now);
+            let Some(breaker) = &worker.breaker else { continue };
             let transition = breaker.tick(now);
             open_by_rate |= breaker.opened_by_rate();
             reopened |= transition.is_some();

@@ -50,7 +50,7 @@ async fn a_stream_that_stalls_or_never_ends_is_interrupted() {
         let error = read(&mut stream).await.unwrap_err();
         assert_eq!(error.code(), Code::StreamInterrupted);
         let cause = error.cause().unwrap();
-        assert_eq!((cause.code(), limit(cause)), (Code::WorkerTimeout, name));
+        assert_eq!((cause.code(), limit(cause), limit(&error)), (Code::WorkerTimeout, name, name));
         worker.cancelled(1).await;
         assert_at_rest(&controller);
     }

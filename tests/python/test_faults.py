@@ -397,9 +397,6 @@ async def test_25_others_are_tried_meanwhile(nats: NatsServer, nats_prefix: str)
         assert cluster.asked == [1, 1]
 
 
-@pytest.mark.xfail(
-    reason="retryAfterMs is kept by the request that met it, not for the worker that said it", strict=True
-)
 async def test_25_other_requests_leave_it_alone_too(nats: NatsServer, nats_prefix: str) -> None:
     async with Cluster(nats.url, nats_prefix, workers=2) as cluster:
         busy, other = cluster.workers
