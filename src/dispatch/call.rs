@@ -228,6 +228,8 @@ impl Call {
             format!("the stream broke after tokens were delivered: {}", error.message()),
         )
         .with("cause", error.code().as_str());
+        let facts = error.context().clone().into_iter();
+        let told = facts.fold(told, |told, (key, value)| told.or_with(&key, value));
         self.give_up(told.caused_by(error))
     }
 
