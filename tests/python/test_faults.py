@@ -10,7 +10,7 @@ import json
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -27,8 +27,10 @@ from cluster import (
     until,
 )
 from mlx_serving_router import ControllerError, ControllerNode
-from mlx_serving_router.nats_server import NatsServer
 from rawworker import ANSWER, WORDS, answers, babbles, fails, in_turn, stalls, waits
+
+if TYPE_CHECKING:
+    from mlx_serving_router.nats_server import NatsServer
 
 pytestmark = pytest.mark.nats
 
