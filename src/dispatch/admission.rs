@@ -1,8 +1,9 @@
 //! The queue of requests that find every worker full: bounded, by priority, oldest first within one.
 //!
 //! One line for each model, and one for each worker that callers name. Whoever stands first is woken when a place may have
-//! become free, takes it, and wakes the next. A full line sheds its last of a lower priority for a newcomer of a higher one.
-//! Dropping a [`Ticket`] leaves the line.
+//! become free, takes it, and wakes the next. A request that workers have failed is choosy: a place that it may not take is
+//! offered to those behind it, up to the first that takes any. A full line sheds its last of a lower priority for a
+//! newcomer of a higher one. Dropping a [`Ticket`] leaves the line.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -31,16 +32,20 @@ pub(super) struct Admission {
 
 #[derive(Debug, Default)]
 struct Lines {
-    by_name: HashMap<Arc<str>, BTreeMap<Place, Arc<Waiter>>>,
+    by_name: HashMap<Arc<str>, Line>,
     arrivals: u64,
     waiting: usize,
 }
 
+type Line = BTreeMap<Place, Arc<Waiter>>;
+
 /// A higher priority and an earlier arrival stand before others.
 type Place = (Reverse<Priority>, u64);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Waiter {
+    /// It may not take every place.
+    choosy: bool,
     turn: Notify,
     shed: Notify,
 }
@@ -86,11 +91,12 @@ impl Admission {
         }
     }
 
-    /// Joins a line until `deadline` at the latest.
+    /// Joins a line until `deadline` at the latest. `choosy`: not every place will do.
     pub(super) fn join(
         self: &Arc<Self>,
         line: &str,
         priority: Priority,
+        choosy: bool,
         deadline: Instant,
         now: Instant,
     ) -> Result<Ticket, ControllerError> {
@@ -109,7 +115,7 @@ impl Admission {
                 _ => return Err(self.full(standing, "the queue of requests is full")),
             }
         }
-        let waiter = Arc::new(Waiter::default());
+        let waiter = Arc::new(Waiter { choosy, turn: Notify::new(), shed: Notify::new() });
         let name: Arc<str> = match lines.by_name.get_key_value(line) {
             Some((name, _)) => name.clone(),
             None => line.into(),
@@ -121,14 +127,14 @@ impl Admission {
         Ok(Ticket { admission: self.clone(), line: name, place, waiter, since: now, until })
     }
 
-    /// A place may have become free: the first of every line tries.
+    /// A place may have become free: the heads of every line try.
     pub(super) fn wake(&self) {
         let lines = self.lines.lock();
         if lines.waiting == 0 {
             return;
         }
-        for first in lines.by_name.values().filter_map(|line| line.values().next()) {
-            first.turn.notify_one();
+        for (_, head) in lines.by_name.values().flat_map(heads) {
+            head.turn.notify_one();
         }
     }
 
@@ -153,15 +159,21 @@ impl Lines {
         Some(left)
     }
 
-    fn is_first(&self, line: &str, place: Place) -> bool {
-        self.by_name.get(line).and_then(|line| line.keys().next()).is_some_and(|first| *first == place)
+    fn is_head(&self, line: &str, place: Place) -> bool {
+        self.by_name.get(line).is_some_and(|line| heads(line).any(|(head, _)| *head == place))
     }
+}
+
+/// Those who may try for a place: the first, and where that one is choosy the next, up to one that takes any.
+fn heads(line: &Line) -> impl Iterator<Item = (&Place, &Arc<Waiter>)> {
+    let mut behind = false;
+    line.iter().take_while(move |(_, waiter)| !std::mem::replace(&mut behind, !waiter.choosy))
 }
 
 // === impl Ticket ===
 
 impl Ticket {
-    /// Returns when it is first in its line and a place may be free. To be called again when there was none after all.
+    /// Returns when it is a head of its line and a place may be free. To be called again when there was none after all.
     ///
     /// # Errors
     /// QUEUE_FULL: it waited for too long, or was shed for somebody of a higher priority.
@@ -173,25 +185,29 @@ impl Ticket {
                     return Err(self.admission.full(self.admission.max_queue, "a request of a higher priority took the place in the queue"));
                 }
                 () = self.waiter.turn.notified() => {
-                    if self.admission.lines.lock().is_first(&self.line, self.place) {
+                    // Both may be there when nobody came round to it for a while.
+                    if Instant::now() >= self.until {
+                        return Err(self.expired());
+                    }
+                    if self.admission.lines.lock().is_head(&self.line, self.place) {
                         return Ok(());
                     }
                 }
-                () = tokio::time::sleep_until(self.until) => {
-                    let waited = self.until.saturating_duration_since(self.since).as_millis();
-                    let what = format!("no place became free within {waited} ms");
-                    let waiting = self.admission.waiting();
-                    return Err(self.admission.full(waiting, &what));
-                }
+                () = tokio::time::sleep_until(self.until) => return Err(self.expired()),
             }
         }
     }
 
-    /// Tries at once when it is called the first time and stands first.
+    /// Tries at once when it is called the first time and is a head.
     pub(super) fn nudge(&self) {
-        if self.admission.lines.lock().is_first(&self.line, self.place) {
+        if self.admission.lines.lock().is_head(&self.line, self.place) {
             self.waiter.turn.notify_one();
         }
+    }
+
+    fn expired(&self) -> ControllerError {
+        let waited = self.until.saturating_duration_since(self.since).as_millis();
+        self.admission.full(self.admission.waiting(), &format!("no place became free within {waited} ms"))
     }
 }
 
@@ -200,7 +216,7 @@ impl Drop for Ticket {
         let mut lines = self.admission.lines.lock();
         lines.leave(&self.line, self.place);
         // There may be room for one more, or the chance to find it went away with this one.
-        if let Some(next) = lines.by_name.get(&self.line).and_then(|line| line.values().next()) {
+        for (_, next) in lines.by_name.get(&self.line).into_iter().flat_map(heads) {
             next.turn.notify_one();
         }
     }

@@ -265,7 +265,8 @@ impl Call {
             let waiting = match &ticket {
                 Some(ticket) => ticket,
                 None => {
-                    let joined = self.core.admission.join(&line, self.request.priority, self.deadline.at, now)?;
+                    let choosy = !self.failed.is_empty();
+                    let joined = self.core.admission.join(&line, self.request.priority, choosy, self.deadline.at, now)?;
                     joined.nudge();
                     ticket.insert(joined)
                 }

@@ -79,3 +79,42 @@ async fn who_leaves_the_queue_holds_up_nobody() {
     assert_eq!(worker.asked(), 2);
     assert_at_rest(&controller);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_that_waits_for_another_worker_holds_up_nobody_who_takes_any() {
+    let controller = controller(json!({})).await;
+    let bad = worker_for(&controller, &registration("w0", &["m"], 1), &[Fail("WORKER_UNAVAILABLE")]);
+    let _busy = worker_for(&controller, &registration("w1", &["m"], 1), &[Accept, Wait(5_000), Respond("ok")]);
+    let options = CallOptions { worker_id: Some("w1".into()), ..CallOptions::default() };
+    let running = controller.buffered(named("long"), options);
+    let retried = async {
+        sleep(Duration::from_millis(10)).await;
+        controller.buffered(named("retried"), CallOptions::default()).await
+    };
+    let fresh = async {
+        sleep(Duration::from_millis(1_000)).await;
+        bad.now_does(&[Respond("ok")]);
+        let started = tokio::time::Instant::now();
+        let answer = controller.buffered(named("fresh"), CallOptions::default()).await;
+        (answer, started.elapsed())
+    };
+    let (running, retried, (fresh, waited)) = tokio::join!(running, retried, fresh);
+    assert_eq!(running.unwrap().worker_id.as_str(), "w1");
+    assert_eq!(retried.unwrap().worker_id.as_str(), "w1");
+    assert_eq!(fresh.unwrap().worker_id.as_str(), "w0");
+    assert_eq!(waited, Duration::ZERO, "w0 was idle");
+    assert_at_rest(&controller);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_turn_that_comes_too_late_is_not_taken() {
+    let (controller, worker) = one_place(json!({"admission": {"maxWaitMs": 150}})).await;
+    let running = controller.buffered(named("a"), CallOptions::default());
+    let mut waits = Box::pin(controller.buffered(named("b"), CallOptions::default()));
+    let (running, ()) = tokio::join!(running, async { assert!(futures_util::poll!(&mut waits).is_pending()) });
+    assert!(running.is_ok());
+    // Nobody comes round to the waiting one before its time is over.
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(waits.await.unwrap_err().code(), Code::QueueFull);
+    assert_eq!(worker.asked(), 1);
+}
