@@ -170,10 +170,13 @@ impl Router {
         if !worker.load.try_enter(now) {
             return None;
         }
+        let Some(gone) = worker.presence() else {
+            // Nobody else can take this place either: there is nothing to tell those who wait.
+            worker.load.leave();
+            return None;
+        };
         // From here on the lease gives the place back, whatever happens.
-        let gone = worker.presence();
-        let mut lease = Lease::new(self.clone(), worker.clone(), gone.clone().unwrap_or_default(), choice, now);
-        gone?;
+        let mut lease = Lease::new(self.clone(), worker.clone(), gone, choice, now);
         if let (Some(breaker), Some(settings)) = (&worker.breaker, &self.settings().breaker) {
             let (permit, transition) = breaker.acquire(settings, panic, now)?;
             lease.hold(permit);

@@ -84,3 +84,16 @@ fn a_named_worker_is_taken_or_says_why_not() {
     world.router.expire(world.now);
     assert_eq!(world.named("w0").unwrap_err(), Refusal::WorkerOffline);
 }
+
+#[tokio::test]
+async fn a_worker_that_cannot_be_had_frees_nothing() {
+    let world = World::of(1, 0);
+    world.router.freeze(world.now);
+    world.router.thaw(world.now);
+    let freed = world.router.capacity_freed().notified();
+    tokio::pin!(freed);
+    freed.as_mut().enable();
+    assert_eq!(world.named("w0").unwrap_err(), Refusal::Full);
+    assert!(futures_util::poll!(freed).is_pending(), "whoever waits for room would ask again at once, and again");
+    assert_eq!(world.worker("w0").in_flight, 0);
+}
