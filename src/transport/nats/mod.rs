@@ -26,6 +26,8 @@ use crate::wire::{Cancel, WorkerId, header, subject};
 
 /// How many cancellations wait to be published; beyond it they are left to the workers' own deadlines.
 const CANCEL_CAPACITY: usize = 4096;
+/// How soon one that did not go out is tried again, once the connection seems to be there.
+const CANCEL_RETRY: Duration = Duration::from_millis(5);
 
 /// The carrier between one controller and the workers that listen on NATS.
 #[derive(Debug)]
@@ -110,7 +112,8 @@ impl Transport for NatsTransport {
     }
 }
 
-/// Says whose attempt is meant: two controllers may have requests of one name at one worker.
+/// Says whose attempt is meant: two controllers may have requests of one name at one worker. While the connection is down
+/// cancellations wait: a request that had left before, or goes out late, would run for nobody afterwards.
 async fn publish_cancels(connection: NatsConnection, controller_id: Arc<str>, mut queued: mpsc::Receiver<(WorkerId, Cancel)>) {
     while let Some((worker, cancel)) = queued.recv().await {
         let Ok(payload) = serde_json::to_vec(&cancel) else { continue };
@@ -118,8 +121,17 @@ async fn publish_cancels(connection: NatsConnection, controller_id: Arc<str>, mu
         if let Ok(name) = header_value(&controller_id) {
             headers.insert(header::CONTROLLER_ID, name);
         }
-        // While the connection is down nobody is told; the worker stops when it misses our heartbeats, or at its deadline.
-        let _ = connection.publish_with_headers(subject::cancel(connection.prefix(), &worker), headers, payload.into()).await;
+        let (to, payload) = (subject::cancel(connection.prefix(), &worker), Bytes::from(payload));
+        while let Err(error) = connection.publish_with_headers(to.clone(), headers.clone(), payload.clone()).await {
+            if error.code() != ControllerErrorCode::NatsError {
+                break;
+            }
+            if connection.link().wait_for(|link| link.connected).await.is_err() {
+                return;
+            }
+            // The link's news may be older than the loss.
+            tokio::time::sleep(CANCEL_RETRY).await;
+        }
     }
 }
 
