@@ -8,7 +8,7 @@ use std::path::Path;
 use mlx_serving_router::error::ControllerErrorCode;
 use mlx_serving_router::wire::{
     Cancel, Capacity, ControllerNotice, Deregistration, Feature, Finish, Heartbeat, HeartbeatMetrics, InferenceRequest, Json,
-    Phase, Priority, Registration, Reply, Resume, Skills, WorkerId, WorkerStatus, header, subject,
+    Phase, Priority, Registration, Reply, Resume, Skills, Token, WorkerId, WorkerStatus, header, subject,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -347,4 +347,13 @@ fn what_is_malformed_is_refused() {
         assert!(refused, "{} on {}", case.name, case.on);
         assert_eq!(case.verdict, verdict);
     }
+}
+
+#[test]
+fn no_answer_is_printed() {
+    let secret = || "a secret".to_owned();
+    let whole = Reply::Response { text: secret(), finish: Finish::default(), logprobs: None };
+    assert!(!format!("{whole:?}").contains("secret"));
+    let token = Reply::Token(Token { text: secret(), index: 0, token_ids: vec![1], logprobs: None });
+    assert!(!format!("{token:?}").contains("secret"));
 }

@@ -1,5 +1,6 @@
 //! A whole answer.
 
+use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,7 @@ use crate::telemetry::RequestMetadata;
 use crate::wire::{FinishReason, Json, Usage, WorkerId};
 
 /// The answer to a request, and how it came about.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Answer {
     /// The request.
     pub request_id: String,
@@ -29,6 +30,20 @@ pub struct Answer {
     pub logprobs: Option<Json>,
     /// How it came about; final.
     pub metadata: Arc<RequestMetadata>,
+}
+
+/// Of the text the size alone: answers are never printed.
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answer")
+            .field("request_id", &self.request_id)
+            .field("model_id", &self.model_id)
+            .field("worker_id", &self.worker_id)
+            .field("text", &format_args!("<{} bytes>", self.text.len()))
+            .field("finish_reason", &self.finish_reason)
+            .field("usage", &self.usage)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The log probabilities of an answer that is put together from its tokens.

@@ -44,7 +44,6 @@ enum Stage {
 }
 
 /// What an attempt has to tell.
-#[derive(Debug)]
 pub(super) enum Step {
     /// A piece of the answer.
     Token(Token),
@@ -55,7 +54,6 @@ pub(super) enum Step {
 }
 
 /// An answer in one message.
-#[derive(Debug)]
 pub(super) struct Whole {
     pub(super) text: String,
     pub(super) finish: Finish,

@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use crate::wire::Json;
 
 /// The chat API's.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) struct ChatLogprobs {
     content: Vec<TokenLogprob>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct TokenLogprob {
     token: String,
     logprob: f64,
@@ -22,7 +22,7 @@ struct TokenLogprob {
     top_logprobs: Vec<Alternative>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Alternative {
     token: String,
     logprob: f64,
@@ -31,7 +31,7 @@ struct Alternative {
 }
 
 /// The text API's.
-#[derive(Debug, Default, Serialize)]
+#[derive(Default, Serialize)]
 pub(super) struct TextLogprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<f64>,

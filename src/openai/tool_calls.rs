@@ -8,7 +8,7 @@ use crate::error::{ControllerError, ControllerErrorCode};
 use crate::wire::Json;
 
 /// A call.
-#[derive(Debug, Serialize)]
+#[derive(Serialize)]
 pub(super) struct ToolCall {
     pub id: String,
     #[serde(rename = "type")]
@@ -17,7 +17,7 @@ pub(super) struct ToolCall {
 }
 
 /// What is called.
-#[derive(Debug, Serialize)]
+#[derive(Serialize)]
 pub(super) struct Function {
     pub name: String,
     pub arguments: String,

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Json;
 
 /// One message of an answer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub enum Reply {
     /// The worker has taken the request.
     Accepted {
@@ -277,6 +277,26 @@ impl Token {
     #[must_use]
     pub fn width(&self) -> u64 {
         (self.token_ids.len() as u64).max(1)
+    }
+}
+
+/// Of answers the size alone: they are never printed.
+impl fmt::Debug for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Accepted { queue_position } => f.debug_struct("Accepted").field("queue_position", queue_position).finish(),
+            Self::Token(token) => token.fmt(f),
+            Self::Done(finish) => finish.fmt(f),
+            Self::Response { text, finish, logprobs: _ } => {
+                f.debug_struct("Response").field("bytes", &text.len()).field("finish", finish).finish_non_exhaustive()
+            }
+            Self::Error { message, code, retry_after_ms } => f
+                .debug_struct("Error")
+                .field("message", message)
+                .field("code", code)
+                .field("retry_after_ms", retry_after_ms)
+                .finish(),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ async fn a_whole_answer() {
     assert_eq!(answer.usage.completion_tokens, 3);
     assert_eq!((answer.metadata.retry_count, answer.metadata.tokens), (0, 3));
     assert_eq!(*answer.metadata, controller.request_metrics("r").unwrap());
+    assert!(!format!("{answer:?}").contains("Hello"), "answers are never printed");
     let asked = worker.last();
     assert!(!asked.request.stream);
     assert_eq!((asked.attempt, asked.timeout), (1, Duration::from_secs(30)));

@@ -48,7 +48,6 @@ pub struct Link {
 pub struct Subscription(async_nats::Subscriber);
 
 /// One message.
-#[derive(Debug)]
 pub struct Incoming {
     /// Its subject.
     pub subject: String,
