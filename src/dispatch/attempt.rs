@@ -203,6 +203,7 @@ impl Attempt {
                 }
                 return Err(self.failed(error));
             }
+            Some(Delivery::Overflow) => return Err(self.failed(unread())),
             None => return Err(self.failed(protocol_error("its answer was lost"))),
         };
         match reply {
@@ -295,6 +296,11 @@ impl Drop for Attempt {
 fn protocol_error(what: &str) -> ControllerError {
     ControllerError::new(ControllerErrorCode::WorkerUnavailable, format!("the worker broke the protocol: {what}"))
         .with("protocolError", what)
+}
+
+fn unread() -> ControllerError {
+    ControllerError::new(ControllerErrorCode::StreamInterrupted, "the answer came faster than it was read for too long")
+        .with("limit", "reader")
 }
 
 fn cut_off() -> ControllerError {

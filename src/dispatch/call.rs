@@ -127,6 +127,9 @@ impl Call {
     /// # Errors
     /// What the caller is told; the request has ended with it.
     pub(super) async fn failed(&mut self, attempt: Attempt, error: ControllerError) -> Result<(), ControllerError> {
+        if error.code() == ControllerErrorCode::StreamInterrupted {
+            return Err(self.abandoned(attempt, error));
+        }
         let over = attempt.is_requests_own_end(&error);
         let error = self.attempt_failed(attempt, error);
         if over || self.options.worker_id.is_some() {
@@ -222,6 +225,9 @@ impl Call {
 
     /// The stream broke after tokens were delivered.
     pub(super) fn interrupted(&mut self, attempt: Attempt, error: ControllerError) -> ControllerError {
+        if error.code() == ControllerErrorCode::StreamInterrupted {
+            return self.abandoned(attempt, error);
+        }
         let error = self.attempt_failed(attempt, error);
         let told = ControllerError::new(
             ControllerErrorCode::StreamInterrupted,
@@ -236,6 +242,7 @@ impl Call {
     /// The reader cannot follow: nobody's failure but its own.
     pub(super) fn abandoned(&mut self, attempt: Attempt, error: ControllerError) -> ControllerError {
         drop(attempt);
+        self.record.attempt_ended(Some(ControllerErrorCode::Cancelled), Instant::now());
         self.give_up(error)
     }
 

@@ -1,12 +1,15 @@
 //! The way back of one attempt: a bounded queue from whatever carries the replies to the attempt that waits for them.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use tokio::sync::mpsc;
 
 use crate::error::ControllerError;
 use crate::wire::Reply;
 
 /// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far
-/// beyond what gathers while an attempt waits its turn; a stream whose reader stalls is paused before it.
+/// beyond what gathers while an attempt waits its turn; only a reader that stalls lets it fill up.
 const CAPACITY: usize = 1024;
 
 /// What arrives for an attempt.
@@ -16,18 +19,24 @@ pub enum Delivery {
     Reply(Reply),
     /// The attempt is over without one: nobody listens, the connection is lost, or a message could not be read.
     Failed(ControllerError),
+    /// More came than fits: whoever reads did not keep up, and the rest is lost.
+    Overflow,
 }
 
 /// Where an attempt receives.
 #[derive(Debug)]
 pub struct Mailbox {
     receiver: mpsc::Receiver<Delivery>,
+    overflowed: Arc<AtomicBool>,
     on_drop: OnDrop,
 }
 
 /// Where a carrier posts. Clones post into the same mailbox.
 #[derive(Clone, Debug)]
-pub struct Postbox(mpsc::Sender<Delivery>);
+pub struct Postbox {
+    sender: mpsc::Sender<Delivery>,
+    overflowed: Arc<AtomicBool>,
+}
 
 /// Runs when it is dropped.
 #[derive(Default)]
@@ -37,7 +46,8 @@ pub(super) struct OnDrop(Option<Box<dyn FnOnce() + Send + Sync>>);
 #[must_use]
 pub fn mailbox() -> (Postbox, Mailbox) {
     let (sender, receiver) = mpsc::channel(CAPACITY);
-    (Postbox(sender), Mailbox { receiver, on_drop: OnDrop::default() })
+    let overflowed = Arc::<AtomicBool>::default();
+    (Postbox { sender, overflowed: overflowed.clone() }, Mailbox { receiver, overflowed, on_drop: OnDrop::default() })
 }
 
 // === impl Mailbox ===
@@ -50,36 +60,51 @@ impl Mailbox {
         self
     }
 
-    /// The next delivery; `None` when the carrier has gone, or has posted more than fits.
+    /// The next delivery; `None` when the carrier has gone.
     pub async fn recv(&mut self) -> Option<Delivery> {
-        self.receiver.recv().await
+        match self.try_recv() {
+            Some(delivery) => Some(delivery),
+            // It cannot overflow before there is something to receive.
+            None => self.receiver.recv().await,
+        }
     }
 
     /// The next delivery if it is there already.
     pub fn try_recv(&mut self) -> Option<Delivery> {
-        self.receiver.try_recv().ok()
+        let overflowed = self.overflowed.load(Ordering::Acquire);
+        self.receiver.try_recv().ok().or_else(|| overflowed.then_some(Delivery::Overflow))
     }
 }
 
 // === impl Postbox ===
 
 impl Postbox {
-    /// Posts, without waiting. `false`: the attempt is over, or its mailbox is full; the carrier gives up on it, and the
-    /// gap shows as a missing index or as a mailbox that ends.
+    /// Posts, without waiting. `false`: the attempt is over, or its mailbox is full. One that was full once takes nothing
+    /// more, and ends with [`Delivery::Overflow`].
     pub fn post(&self, delivery: Delivery) -> bool {
-        self.0.try_send(delivery).is_ok()
+        if self.overflowed.load(Ordering::Relaxed) {
+            return false;
+        }
+        match self.sender.try_send(delivery) {
+            Ok(()) => true,
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                self.overflowed.store(true, Ordering::Release);
+                false
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => false,
+        }
     }
 
     /// Whether another delivery fits now.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.0.capacity() > 0
+        self.sender.capacity() > 0
     }
 
     /// Whether nobody waits any more.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.0.is_closed()
+        self.sender.is_closed()
     }
 }
 

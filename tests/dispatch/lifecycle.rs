@@ -95,6 +95,21 @@ async fn a_stream_that_its_reader_cannot_follow_blames_no_worker() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_answer_that_its_reader_lets_pile_up_blames_no_worker() {
+    let controller = controller(json!({})).await;
+    let script: Vec<_> = std::iter::repeat_n(Say("x"), 1_500).chain([Done]).collect();
+    let worker = worker(&controller, "w", &script);
+    let mut stream = streaming(&controller).await.unwrap();
+    sleep(Duration::from_secs(5)).await;
+    let error = read(&mut stream).await.unwrap_err();
+    assert_eq!((error.code(), limit(&error)), (Code::StreamInterrupted, "reader"));
+    worker.cancelled(1).await;
+    assert!(controller.request_metrics("r").unwrap().failed_workers.is_empty());
+    assert_eq!(controller.breaker_stats()[0].1.failure_count, 0);
+    assert_at_rest(&controller);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_active_id_is_taken_and_an_ended_one_is_replaced() {
     let controller = controller(json!({})).await;
     worker(&controller, "w", &[Wait(100), Respond("ok")]);
