@@ -229,6 +229,9 @@ impl Call {
             return self.abandoned(attempt, error);
         }
         let error = self.attempt_failed(attempt, error);
+        if error.code() == ControllerErrorCode::ControllerNotReady {
+            return self.give_up(error);
+        }
         let told = ControllerError::new(
             ControllerErrorCode::StreamInterrupted,
             format!("the stream broke after tokens were delivered: {}", error.message()),

@@ -54,7 +54,8 @@ impl TokenStream {
     /// [`Self::response`] has it. Cancel-safe: a dropped future loses no token.
     ///
     /// # Errors
-    /// STREAM_INTERRUPTED: the worker failed; the stream is over, and says the same when it is asked again.
+    /// STREAM_INTERRUPTED: the worker failed; CONTROLLER_NOT_READY: the controller stopped. The stream is over, and says the
+    /// same when it is asked again.
     pub async fn next_batch(&mut self) -> Result<Vec<Token>, ControllerError> {
         if self.ready.is_empty()
             && let Some(attempt) = &mut self.attempt

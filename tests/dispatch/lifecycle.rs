@@ -62,6 +62,17 @@ async fn what_is_left_is_cut_off() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_stream_is_cut_off_with_the_controllers_own_error() {
+    let controller = controller(json!({})).await;
+    let worker = worker(&controller, "w", &[Say("a"), Stall]);
+    let mut stream = streaming(&controller).await.unwrap();
+    let (read, ()) = tokio::join!(read(&mut stream), controller.stop(Duration::ZERO));
+    assert_eq!(read.unwrap_err().code(), Code::ControllerNotReady);
+    assert_eq!(controller.request_metrics("r").unwrap().final_error.unwrap().code, Code::ControllerNotReady);
+    worker.cancelled(1).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_caller_that_goes_away_gives_everything_back() {
     let controller = controller(json!({})).await;
     let worker = worker(&controller, "w", &[Accept, Stall]);
