@@ -117,7 +117,10 @@ impl Call {
             match self.lease().await {
                 Ok(lease) => return Ok(self.begin(lease)),
                 Err(error) if self.turn_to_fallback(error.code()) => {}
-                Err(error) => return Err(self.give_up(error)),
+                Err(error) => {
+                    let error = self.after_last(error);
+                    return Err(self.give_up(error));
+                }
             }
         }
     }
@@ -169,7 +172,10 @@ impl Call {
         if !delay.is_zero() {
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
-                () = self.core.cut.cancelled() => return Err(self.give_up(not_ready(self.core.state()))),
+                () = self.core.cut.cancelled() => {
+                    let error = self.after_last(not_ready(self.core.state()));
+                    return Err(self.give_up(error));
+                }
             }
         }
         Ok(())
@@ -390,7 +396,7 @@ impl Call {
         true
     }
 
-    fn refused(&mut self, refusal: Refusal) -> ControllerError {
+    fn refused(&self, refusal: Refusal) -> ControllerError {
         let model = &self.request.model_id;
         let named = self.options.worker_id.as_deref().unwrap_or_default();
         let millis = |after: Duration| u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
@@ -444,7 +450,11 @@ impl Call {
             // Waited for, never told.
             Refusal::Full => error(ControllerErrorCode::QueueFull, "every worker is busy".into()),
         };
-        let error = if self.options.worker_id.is_some() { error.with("workerId", named) } else { error };
+        if self.options.worker_id.is_some() { error.with("workerId", named) } else { error }
+    }
+
+    /// The last attempt's error is the cause of what ends the request between attempts.
+    fn after_last(&mut self, error: ControllerError) -> ControllerError {
         match self.last.take() {
             Some(last) => error.caused_by(last),
             None => error,

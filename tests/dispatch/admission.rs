@@ -107,6 +107,21 @@ async fn a_retry_that_waits_for_another_worker_holds_up_nobody_who_takes_any() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_retry_that_finds_no_place_names_what_failed_before() {
+    let controller = controller(json!({"admission": {"maxWaitMs": 50}})).await;
+    worker_for(&controller, &registration("w0", &["m"], 1), &[Fail("WORKER_UNAVAILABLE")]);
+    worker_for(&controller, &registration("w1", &["m"], 1), &[Accept, Stall]);
+    let options = CallOptions { worker_id: Some("w1".into()), ..CallOptions::default() };
+    let retried = async {
+        sleep(Duration::from_millis(1)).await;
+        buffered(&controller).await.unwrap_err()
+    };
+    let (_, error) = tokio::join!(controller.buffered(named("long"), options), retried);
+    assert_eq!(error.code(), Code::QueueFull);
+    assert_eq!(error.cause().map(ControllerError::code), Some(Code::WorkerUnavailable));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_turn_that_comes_too_late_is_not_taken() {
     let (controller, worker) = one_place(json!({"admission": {"maxWaitMs": 150}})).await;
     let running = controller.buffered(named("a"), CallOptions::default());
