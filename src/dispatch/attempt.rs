@@ -31,6 +31,8 @@ pub(super) struct Attempt {
     gone: CancellationToken,
     cut: CancellationToken,
     accepted: bool,
+    /// Our own connection was lost while it ran.
+    disturbed: bool,
     /// The place that the next token has to have.
     expected: u64,
     /// Replies that the protocol has no place for.
@@ -86,6 +88,7 @@ impl Attempt {
             gone,
             cut,
             accepted: false,
+            disturbed: false,
             expected: 0,
             dropped: 0,
         }
@@ -189,6 +192,7 @@ impl Attempt {
         if let (Some(lease), Some(Ok(after))) = (&self.lease, error.retry_after_ms().map(u64::try_from)) {
             lease.hold_back(Duration::from_millis(after), now);
         }
+        let blameless = blameless || self.disturbed && may_be_lost(error);
         let outcome = if blameless { Outcome::Ignored } else { Outcome::Failure(error.code()) };
         self.lease.take().is_some_and(|lease| lease.end(outcome, now))
     }
@@ -202,6 +206,10 @@ impl Attempt {
                     self.stage = Stage::Over;
                 }
                 return Err(self.failed(error));
+            }
+            Some(Delivery::Disturbed) => {
+                self.disturbed = true;
+                return Ok(None);
             }
             Some(Delivery::Overflow) => return Err(self.failed(unread())),
             None => return Err(self.failed(protocol_error("its answer was lost"))),
@@ -234,8 +242,8 @@ impl Attempt {
 
     fn take_token(&mut self, token: Token) -> Result<Step, ControllerError> {
         if token.index != self.expected {
-            let error = protocol_error("its tokens came out of order").with("index", token.index).with("expected", self.expected);
-            return Err(self.failed(error));
+            let error = if self.disturbed { lost_tokens() } else { protocol_error("its tokens came out of order") };
+            return Err(self.failed(error.with("index", token.index).with("expected", self.expected)));
         }
         let now = Instant::now();
         if self.expected == 0
@@ -291,6 +299,17 @@ impl Drop for Attempt {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Whether this is how it looks when parts of an answer are lost on their way.
+fn may_be_lost(error: &ControllerError) -> bool {
+    error.code() == ControllerErrorCode::WorkerTimeout
+        || ["protocolError", "connectionLost"].iter().any(|key| error.context().contains_key(*key))
+}
+
+fn lost_tokens() -> ControllerError {
+    ControllerError::new(ControllerErrorCode::WorkerUnavailable, "tokens were lost with the connection to NATS")
+        .with("connectionLost", true)
 }
 
 fn protocol_error(what: &str) -> ControllerError {

@@ -19,6 +19,9 @@ pub enum Delivery {
     Reply(Reply),
     /// The attempt is over without one: nobody listens, the connection is lost, or a message could not be read.
     Failed(ControllerError),
+    /// Our own connection was lost, and is back or may be soon: parts of the answer may be missing, through no fault of the
+    /// worker's.
+    Disturbed,
     /// More came than fits: whoever reads did not keep up, and the rest is lost.
     Overflow,
 }

@@ -6,6 +6,7 @@
 mod desk;
 mod fleet;
 mod nats;
+mod outages;
 mod server;
 
 use std::sync::Arc;

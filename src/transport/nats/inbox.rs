@@ -64,12 +64,17 @@ impl Inbox {
 
     /// Ends every waiting attempt: our own connection is lost.
     pub(super) fn fail_all(&self) {
-        for (_, entry) in self.entries.lock().iter() {
-            entry.postbox.post(Delivery::Failed(ControllerError::new(
+        self.tell_all(|| {
+            Delivery::Failed(ControllerError::new(
                 ControllerErrorCode::NatsError,
                 "the connection to NATS was lost while the request was running",
-            )));
-        }
+            ))
+        });
+    }
+
+    /// Tells every waiting attempt that its answer may have lost parts with our own connection.
+    pub(super) fn disturb_all(&self) {
+        self.tell_all(|| Delivery::Disturbed);
     }
 
     /// How many attempts wait.
@@ -106,6 +111,12 @@ impl Inbox {
         };
         if !postbox.post(delivery) {
             self.late.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn tell_all(&self, delivery: impl Fn() -> Delivery) {
+        for (_, entry) in self.entries.lock().iter() {
+            entry.postbox.post(delivery());
         }
     }
 

@@ -135,13 +135,17 @@ async fn publish_cancels(connection: NatsConnection, controller_id: Arc<str>, mu
     }
 }
 
-/// Ends the attempts in flight once the connection has been down for longer than the grace.
+/// Tells the attempts in flight that the connection was lost, and ends them once it has been down for longer than the grace.
 async fn watch_link(connection: NatsConnection, inbox: Arc<Inbox>, grace: Duration) {
     let mut link = connection.link();
+    let mut connects = 1;
     loop {
-        if link.wait_for(|link| !link.connected && link.connects > 0).await.is_err() {
+        // The news of the first connection may still be on its way; one that was down and is up again counts as down.
+        let is_lost = |link: &Link| link.connects > connects || (link.connects > 0 && !link.connected);
+        if link.wait_for(is_lost).await.is_err() {
             return;
         }
+        inbox.disturb_all();
         let back = tokio::time::timeout(grace, link.wait_for(|link| link.connected)).await.is_ok_and(|state| state.is_ok());
         if !back {
             inbox.fail_all();
@@ -149,6 +153,7 @@ async fn watch_link(connection: NatsConnection, inbox: Arc<Inbox>, grace: Durati
                 return;
             }
         }
+        connects = link.borrow_and_update().connects;
     }
 }
 
