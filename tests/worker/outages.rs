@@ -1,10 +1,12 @@
 //! Whole controllers and workers over real nats-servers that go away.
 
+use std::net::TcpListener;
 use std::time::Duration;
 
 use mlx_serving_router::config::{ClusterConfig, NatsMode, ServerUrls};
 use mlx_serving_router::dispatch::{CallOptions, Controller, TokenStream};
 use mlx_serving_router::error::ControllerErrorCode as Code;
+use mlx_serving_router::transport::nats::NatsConnection;
 use mlx_serving_router::wire::Phase;
 use mlx_serving_router::worker::Worker;
 
@@ -71,4 +73,16 @@ async fn streams_that_break_with_our_own_connection_blame_no_worker() {
     assert_eq!((breaker.failure_count, breaker.window_failures, breaker.state.as_str()), (0, 0, "CLOSED"));
     controller.stop(Duration::ZERO).await;
     worker.stop(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_answer_leaves_time_for_the_others() {
+    let Some(server) = Server::start().await else { return };
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut nats = config(vec![format!("nats://{}", silent.local_addr().unwrap()), server.url()]).nats;
+    nats.connect_timeout_ms = 1_000;
+    // Either may be tried first.
+    for _ in 0..8 {
+        NatsConnection::connect(&nats, "test").await.unwrap();
+    }
 }

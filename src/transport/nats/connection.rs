@@ -69,6 +69,8 @@ impl NatsConnection {
     pub async fn connect(config: &NatsConfig, client_name: &str) -> Result<Self, ControllerError> {
         let urls = config.server_url.as_slice();
         let limit = Duration::from_millis(config.connect_timeout_ms);
+        // One that does not answer leaves time for the others.
+        let share = limit / u32::try_from(urls.len()).unwrap_or(u32::MAX).max(1);
         let (states, link) = watch::channel(Link::default());
         let options = options(config, client_name)
             .await?
@@ -76,7 +78,7 @@ impl NatsConnection {
                 note(&states, &event);
                 std::future::ready(())
             })
-            .connection_timeout(limit);
+            .connection_timeout(share);
         let failed = |why: String| {
             ControllerError::new(
                 ControllerErrorCode::NatsError,
