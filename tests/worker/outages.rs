@@ -1,6 +1,8 @@
 //! Whole controllers and workers over real nats-servers that go away.
 
 use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mlx_serving_router::config::{ClusterConfig, NatsMode, ServerUrls};
@@ -9,6 +11,9 @@ use mlx_serving_router::error::ControllerErrorCode as Code;
 use mlx_serving_router::transport::nats::NatsConnection;
 use mlx_serving_router::wire::Phase;
 use mlx_serving_router::worker::Worker;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use super::server::Server;
 use super::{PATIENCE, finish, options, request};
@@ -38,6 +43,29 @@ async fn talker(server: &Server) -> Worker {
         }
     });
     worker
+}
+
+/// A way to a server that forwards everything until it is told to swallow it. One connection.
+async fn hole_before(server: &Server) -> (String, Arc<AtomicBool>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("nats://{}", listener.local_addr().unwrap());
+    let (swallows, to) = (Arc::<AtomicBool>::default(), server.url().replace("nats://", ""));
+    let hole = swallows.clone();
+    tokio::spawn(async move {
+        let (near, far) = (listener.accept().await.unwrap().0, TcpStream::connect(to).await.unwrap());
+        let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+        tokio::join!(forward(near_in, far_out, &hole), forward(far_in, near_out, &hole));
+    });
+    (url, swallows)
+}
+
+async fn forward(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, swallows: &AtomicBool) {
+    let mut bytes = [0; 4096];
+    while let Ok(count @ 1..) = from.read(&mut bytes).await {
+        if !swallows.load(Ordering::SeqCst) && to.write_all(&bytes[..count]).await.is_err() {
+            return;
+        }
+    }
 }
 
 async fn end(mut stream: TokenStream) -> Option<Code> {
@@ -71,6 +99,28 @@ async fn streams_that_break_with_our_own_connection_blame_no_worker() {
     }
     let breaker = &controller.breaker_stats()[0].1;
     assert_eq!((breaker.failure_count, breaker.window_failures, breaker.state.as_str()), (0, 0, "CLOSED"));
+    controller.stop(Duration::ZERO).await;
+    worker.stop(Duration::ZERO).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_27_a_link_that_swallows_everything_blames_no_worker() {
+    let Some(server) = Server::start().await else { return };
+    let (url, swallows) = hole_before(&server).await;
+    let mut config = config(vec![url]);
+    config.request_routing.retry.enabled = false;
+    let controller = Controller::new(config, None).unwrap();
+    controller.start(None).await.unwrap();
+    let worker = talker(&server).await;
+    tokio::time::timeout(PATIENCE, controller.wait_for_workers(1)).await.expect("it is seen").unwrap();
+    swallows.store(true, Ordering::SeqCst);
+    let names: Vec<_> = (0..8).map(|number| format!("r{number}")).collect();
+    let calls = names.iter().map(|name| controller.buffered(request(name, false), CallOptions::default()));
+    for answer in futures_util::future::join_all(calls).await {
+        assert_eq!(answer.unwrap_err().code(), Code::WorkerTimeout);
+    }
+    let breaker = &controller.breaker_stats()[0].1;
+    assert_eq!((breaker.failure_count, breaker.state.as_str()), (0, "CLOSED"));
     controller.stop(Duration::ZERO).await;
     worker.stop(Duration::ZERO).await;
 }

@@ -4,10 +4,13 @@
 //! and is counted.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use slab::Slab;
+use tokio::sync::Notify;
 
 use super::connection::{Incoming, NatsConnection, Subscription};
 use crate::error::{ControllerError, ControllerErrorCode};
@@ -22,7 +25,14 @@ pub(super) struct Inbox {
     entries: Mutex<Slab<Entry>>,
     generation: AtomicU64,
     late: AtomicU64,
+    /// An echo came.
+    echoed: Notify,
+    /// The last echo that was asked for did not come in time.
+    silent: AtomicBool,
 }
+
+/// Where echoes come back: no attempt's subject is called so.
+const ECHO: &str = "echo";
 
 #[derive(Debug)]
 struct Entry {
@@ -37,13 +47,23 @@ impl Inbox {
     pub(super) async fn open(connection: &NatsConnection) -> Result<(Arc<Self>, Subscription), ControllerError> {
         let prefix = format!("{}.", connection.client().new_inbox());
         let subscription = connection.subscribe(format!("{prefix}*")).await?;
-        let inbox = Self { prefix, entries: Mutex::default(), generation: AtomicU64::new(0), late: AtomicU64::new(0) };
+        let inbox = Self {
+            prefix,
+            entries: Mutex::default(),
+            generation: AtomicU64::new(0),
+            late: AtomicU64::new(0),
+            echoed: Notify::new(),
+            silent: AtomicBool::new(false),
+        };
         Ok((Arc::new(inbox), subscription))
     }
 
     /// A new entry: the subject for the replies, and the mailbox that they reach.
     pub(super) fn enter(self: &Arc<Self>) -> (String, Mailbox) {
         let (postbox, mailbox) = mailbox();
+        if self.silent.load(Ordering::Relaxed) {
+            postbox.post(Delivery::Disturbed);
+        }
         let generation = self.generation.fetch_add(1, Ordering::Relaxed);
         let slot = self.entries.lock().insert(Entry { generation, postbox });
         let subject = format!("{}{slot}-{generation}", self.prefix);
@@ -77,6 +97,20 @@ impl Inbox {
         self.tell_all(|| Delivery::Disturbed);
     }
 
+    /// Whether what is sent to the server comes back. Where it does not, the attempts are told as if the connection were lost:
+    /// a link that swallows everything looks like workers that say nothing, long before its pings tell.
+    pub(super) async fn listen_for_echo(&self, connection: &NatsConnection, limit: Duration) {
+        let echo = async {
+            connection.publish(format!("{}{ECHO}", self.prefix), Bytes::new()).await.ok()?;
+            self.echoed.notified().await;
+            Some(())
+        };
+        if tokio::time::timeout(limit, echo).await.is_err() {
+            self.silent.store(true, Ordering::Relaxed);
+            self.disturb_all();
+        }
+    }
+
     /// How many attempts wait.
     pub(super) fn waiting(&self) -> usize {
         self.entries.lock().len()
@@ -88,6 +122,11 @@ impl Inbox {
     }
 
     fn deliver(&self, message: &Incoming) {
+        if message.subject.strip_prefix(&self.prefix) == Some(ECHO) {
+            self.silent.store(false, Ordering::Relaxed);
+            self.echoed.notify_one();
+            return;
+        }
         let Some(postbox) = self.find(&message.subject) else {
             self.late.fetch_add(1, Ordering::Relaxed);
             return;

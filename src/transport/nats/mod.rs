@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
 pub use connection::{Incoming, Link, NatsConnection, Subscription};
@@ -26,6 +27,10 @@ use crate::wire::{Cancel, WorkerId, header, subject};
 
 /// How many cancellations wait to be published; beyond it they are left to the workers' own deadlines.
 const CANCEL_CAPACITY: usize = 4096;
+/// How often an echo is asked of the server while attempts wait, and how long it may take: together less than the default of
+/// `acceptTimeoutMs`, so that a link that swallows everything is known before workers seem to be silent.
+const ECHO_EVERY: Duration = Duration::from_millis(500);
+const ECHO_LIMIT: Duration = Duration::from_secs(1);
 /// How soon one that did not go out is tried again, once the connection seems to be there.
 const CANCEL_RETRY: Duration = Duration::from_millis(5);
 
@@ -58,6 +63,7 @@ impl NatsTransport {
             tokio::spawn(Arc::clone(&inbox).run(subscription)),
             tokio::spawn(publish_cancels(connection.clone(), controller_id.clone(), queued)),
             tokio::spawn(watch_link(connection.clone(), Arc::clone(&inbox), grace)),
+            tokio::spawn(feel_pulse(connection.clone(), Arc::clone(&inbox))),
         ];
         Ok(Self { connection, controller_id, inbox, cancels, grace, _tasks: tasks.map(AbortOnDropHandle::new).into() })
     }
@@ -131,6 +137,18 @@ async fn publish_cancels(connection: NatsConnection, controller_id: Arc<str>, mu
             }
             // The link's news may be older than the loss.
             tokio::time::sleep(CANCEL_RETRY).await;
+        }
+    }
+}
+
+/// Asks the server for an echo now and then, as long as somebody waits for a worker.
+async fn feel_pulse(connection: NatsConnection, inbox: Arc<Inbox>) {
+    let mut beats = tokio::time::interval(ECHO_EVERY);
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        beats.tick().await;
+        if inbox.waiting() > 0 && connection.is_connected() {
+            inbox.listen_for_echo(&connection, ECHO_LIMIT).await;
         }
     }
 }
