@@ -222,20 +222,25 @@ async fn a_worker_outlives_its_server_and_its_answer_goes_out_afterwards() {
 
 #[tokio::test]
 async fn a_cancellation_while_the_connection_is_down_is_told_afterwards() {
-    let server = server!();
-    let mut fleet = Fleet::of(&server, 60_000).await;
+    let Some((staying, leaving)) = Server::start_two().await else { return };
+    let mut fleet = Fleet::of(&leaving, 60_000).await;
+    // Until the two servers know of each other's clients.
+    let probe = async_nats::connect(staying.url()).await.unwrap();
+    let mut probed = fleet.connection.subscribe("probe".into()).await.unwrap();
+    while tokio::time::timeout(Duration::from_millis(20), probed.next()).await.is_err() {
+        probe.publish("probe", "".into()).await.unwrap();
+    }
+    fleet.config.nats.server_url = ServerUrls::One(staying.url());
     let worker = fleet.started("w").await;
     let mut mailbox = fleet.ask(&worker, request("r", true)).await;
     accepted(&mut mailbox).await;
     let job = tokio::time::timeout(PATIENCE, worker.jobs().next()).await.unwrap().unwrap();
     let mut link = fleet.connection.link();
-    let (server, ()) = tokio::join!(server.restart(Duration::from_millis(200)), async {
-        link.wait_for(|link| !link.connected).await.unwrap();
-        fleet.transport.cancel(worker.id(), "r", 1);
-    });
+    drop(leaving);
+    link.wait_for(|link| !link.connected).await.unwrap();
+    fleet.transport.cancel(worker.id(), "r", 1);
     tokio::time::timeout(PATIENCE, job.cancelled().cancelled()).await.expect("the worker hears of it");
     worker.stop(Duration::ZERO).await;
-    drop(server);
 }
 
 #[tokio::test]

@@ -50,14 +50,6 @@ impl Server {
         Some(server)
     }
 
-    /// Ends it and starts it again, after a while, on the same port.
-    pub async fn restart(self, after: Duration) -> Self {
-        let port = self.port;
-        drop(self);
-        tokio::time::sleep(after).await;
-        Self::run(port, &[]).await.unwrap()
-    }
-
     pub fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }
