@@ -108,11 +108,11 @@ impl Attempt {
         self.expected > 0
     }
 
-    /// Whether the request's own limit ended it, or would.
-    pub(super) fn is_requests_own_end(&self, error: &ControllerError) -> bool {
+    /// Whether it ended because the time of its request was over, be it that the worker noticed first.
+    pub(super) fn is_requests_own_end(&self, error: &ControllerError, now: Instant) -> bool {
         error.code() == ControllerErrorCode::WorkerTimeout
             && error.context().get("limit").is_some_and(|limit| limit == Limit::Total.as_str())
-            && self.timers.is_requests_own()
+            && self.timers.request_is_over(now)
     }
 
     /// The next thing that it has to tell. Cancel-safe. After an end or an error it is not called again.
@@ -188,7 +188,7 @@ impl Attempt {
         self.close();
         let blameless = error.code() == ControllerErrorCode::WorkerTimeout
             && self.timers.shortened_by_caller()
-            && self.is_requests_own_end(error);
+            && self.is_requests_own_end(error, now);
         if let (Some(lease), Some(Ok(after))) = (&self.lease, error.retry_after_ms().map(u64::try_from)) {
             lease.hold_back(Duration::from_millis(after), now);
         }

@@ -133,12 +133,12 @@ impl Call {
         if error.code() == ControllerErrorCode::StreamInterrupted {
             return Err(self.abandoned(attempt, error));
         }
-        let over = attempt.is_requests_own_end(&error);
+        let now = Instant::now();
+        let over = attempt.is_requests_own_end(&error, now);
         let error = self.attempt_failed(attempt, error);
-        if over || self.options.worker_id.is_some() {
+        if self.options.worker_id.is_some() {
             return Err(self.give_up(error));
         }
-        let now = Instant::now();
         let delay = match self.core.next(&error, self.attempts) {
             Next::Surface => return Err(self.give_up(error)),
             Next::Exhausted => {
@@ -148,8 +148,14 @@ impl Call {
                 );
                 return Err(self.give_up(told.caused_by(error)));
             }
+            Next::After(_) if over => return Err(self.give_up(error)),
             Next::After(delay) => delay,
         };
+        if self.is_nobody_left(now) {
+            // The next selection says so; there is nothing to wait for.
+            self.last = Some(error);
+            return Ok(());
+        }
         if !self.core.budgets.lock().take(&self.request.model_id, error.code(), now) {
             return Err(self.give_up(error.with("retryBudgetExhausted", true)));
         }
@@ -297,6 +303,12 @@ impl Call {
     fn select(&self, now: Instant) -> Result<Lease, Refusal> {
         let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
         self.core.router.select(&self.query(&exclude), now)
+    }
+
+    /// Whether another attempt would find nobody.
+    fn is_nobody_left(&self, now: Instant) -> bool {
+        let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
+        !self.core.retry.revisit && !self.core.router.has_untried(&self.query(&exclude), now)
     }
 
     fn query<'a>(&'a self, exclude: &'a [WorkerId]) -> Query<'a> {

@@ -10,6 +10,9 @@ use tokio::time::Instant;
 use crate::config::RequestRoutingConfig;
 use crate::error::{ControllerError, ControllerErrorCode};
 
+/// Workers are told whole milliseconds, and may drop what is past them a little before our own timer fires.
+const ROUNDING: Duration = Duration::from_millis(5);
+
 /// How the answer is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
@@ -151,6 +154,11 @@ impl Timers {
             Limit::Total => ("the answer was not complete", self.total.1),
         };
         timeout(limit, what, span)
+    }
+
+    /// Whether the request as a whole is over, and this attempt with it.
+    pub(super) fn request_is_over(&self, now: Instant) -> bool {
+        self.is_requests_own() && self.deadline.at <= now + ROUNDING
     }
 
     /// Whether it is the request as a whole that ends first, rather than this attempt.

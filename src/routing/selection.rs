@@ -125,6 +125,18 @@ impl Router {
         }
     }
 
+    /// Whether somebody serves the model, is admitted by its breaker, and was not tried: one to be asked, now or when it has
+    /// room.
+    #[must_use]
+    pub fn has_untried(&self, query: &Query<'_>, now: Instant) -> bool {
+        let fleet = self.fleet();
+        fleet.model(query.model_id).is_some_and(|model| {
+            let panic = self.panics(model, now);
+            let may = |worker: &Worker| worker.standing().is_online() && worker.admits(self.settings(), panic, now);
+            model.workers.iter().any(|worker| may(worker) && !query.exclude.contains(&worker.id))
+        })
+    }
+
     /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy. Those of a tier come
     /// into question when nobody of the tiers before has room.
     fn choose(&self, candidates: Candidates<'_>, session: Option<&str>, bound: Option<&Binding>) -> Option<(usize, Choice)> {

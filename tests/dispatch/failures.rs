@@ -205,3 +205,38 @@ async fn a_session_moves_when_another_worker_answered() {
     first.now_does(&[Respond("ok")]);
     assert_eq!(asks().await.unwrap().worker_id, second.id);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_says_it_is_late_is_not_the_end_of_the_request() {
+    let controller = controller(json!({})).await;
+    worker(&controller, "w0", &[Accept, Fail("WORKER_TIMEOUT")]);
+    worker(&controller, "w1", &[Accept, Say("ok"), Done]);
+    let mut stream = controller.streaming(named("a"), CallOptions::default()).await.unwrap();
+    assert_eq!(read(&mut stream).await.unwrap(), "ok");
+    let bounded = CallOptions { timeout: Some(Duration::from_secs(5)), ..CallOptions::default() };
+    assert_eq!(controller.buffered(named("b"), bounded).await.unwrap().text, "ok");
+    let failures = controller.breaker_stats().iter().map(|(_, stats)| stats.failure_count).sum::<u64>();
+    let attempts = |id| controller.request_metrics(id).unwrap().attempts.len() as u64;
+    assert_eq!(failures, attempts("a") + attempts("b") - 2);
+    assert!(failures > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn that_nobody_is_left_is_told_without_a_delay() {
+    let controller = controller(json!({"retry": {"retryDelayMs": 60_000, "maxDelayMs": 60_000}})).await;
+    worker(&controller, "w", &[Fail("WORKER_UNAVAILABLE")]);
+    let started = tokio::time::Instant::now();
+    let bounded = CallOptions { timeout: Some(Duration::from_millis(100)), ..CallOptions::default() };
+    let error = controller.buffered(request(), bounded).await.unwrap_err();
+    assert_eq!(error.code(), Code::NoWorkersAvailable);
+    assert!(started.elapsed() < Duration::from_millis(100));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_interrupted_stream_tells_what_interrupted_it() {
+    let controller = controller(json!({"streamFailover": "off"})).await;
+    worker(&controller, "w", &[Accept, Say("a"), Stall]);
+    let error = read(&mut streaming(&controller).await.unwrap()).await.unwrap_err();
+    assert_eq!((error.code(), limit(&error)), (Code::StreamInterrupted, "idle"));
+    assert_eq!(error.context()["workerId"], "w");
+}
