@@ -66,9 +66,6 @@ impl Call {
         options: CallOptions,
         mode: Mode,
     ) -> Result<Self, ControllerError> {
-        if !core.is_ready() {
-            return Err(not_ready(core.state()));
-        }
         let stream = mode == Mode::Streaming;
         let request = if request.stream == stream && !request.request_id.is_empty() {
             request
@@ -80,10 +77,12 @@ impl Call {
             }
             Arc::new(request)
         };
-        request.validate()?;
         let started = Instant::now();
         let deadline = core.limits.deadline(mode, options.timeout, started);
-        let record = core.requests.begin(&request, started)?;
+        let record = Self::admit(core, &request, started).map_err(|error| match request.request_id.len() {
+            1..=256 => error.or_with("requestId", &*request.request_id).or_with("modelId", &*request.model_id),
+            _ => error,
+        })?;
         Ok(Self {
             core: core.clone(),
             mode,
@@ -102,6 +101,14 @@ impl Call {
             record,
             ended: false,
         })
+    }
+
+    fn admit(core: &Core, request: &InferenceRequest, now: Instant) -> Result<RequestRecord, ControllerError> {
+        if !core.is_ready() {
+            return Err(not_ready(core.state()));
+        }
+        request.validate()?;
+        core.requests.begin(request, now)
     }
 
     pub(super) fn request(&self) -> &Arc<InferenceRequest> {

@@ -233,6 +233,23 @@ async fn that_nobody_is_left_is_told_without_a_delay() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn every_error_names_its_request() {
+    let controller = controller(json!({})).await;
+    let names = |error: &ControllerError| (error.context()["requestId"].clone(), error.context()["modelId"].clone());
+    for bad in [
+        InferenceRequest { max_tokens: Some(-1), ..named("r") },
+        InferenceRequest { session_id: Some(String::new()), ..named("r") },
+        InferenceRequest { model_id: "m".into(), ..named("r") },
+    ] {
+        let error = controller.buffered(bad, CallOptions::default()).await.unwrap_err();
+        assert_eq!(names(&error), (json!("r"), json!("m")));
+    }
+    controller.stop(Duration::ZERO).await;
+    let error = buffered(&controller).await.unwrap_err();
+    assert_eq!((error.code(), names(&error)), (Code::ControllerNotReady, (json!("r"), json!("m"))));
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_interrupted_stream_tells_what_interrupted_it() {
     let controller = controller(json!({"streamFailover": "off"})).await;
     worker(&controller, "w", &[Accept, Say("a"), Stall]);
