@@ -176,6 +176,12 @@ impl ControllerErrorCode {
         }
     }
 
+    /// Whether an attempt with this end failed by its worker, rather than by the request, its caller or this controller.
+    #[must_use]
+    pub fn is_workers_failure(self) -> bool {
+        self.breaker_effect() != BreakerEffect::Ignored || self == Self::ModelLoadFailed || self == Self::ModelNotFound
+    }
+
     /// The HTTP status of an answer that carries this error. 499 (the client closed the request) is never sent.
     #[must_use]
     pub const fn http_status(self) -> u16 {

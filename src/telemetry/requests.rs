@@ -239,7 +239,7 @@ impl State {
         if code == Some(ControllerErrorCode::WorkerTimeout) {
             metadata.timeouts += 1;
         }
-        let failed = code.is_some_and(|code| code != ControllerErrorCode::Cancelled);
+        let failed = code.is_some_and(ControllerErrorCode::is_workers_failure);
         if failed && !metadata.failed_workers.contains(&attempt.worker_id) {
             metadata.failed_workers.push(attempt.worker_id.clone());
         }

@@ -257,3 +257,15 @@ async fn an_interrupted_stream_tells_what_interrupted_it() {
     assert_eq!((error.code(), limit(&error)), (Code::StreamInterrupted, "idle"));
     assert_eq!(error.context()["workerId"], "w");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_has_not_failed_where_the_request_did() {
+    let controller = controller(json!({})).await;
+    let worker = worker(&controller, "w", &[]);
+    for (code, failed) in [("PAYLOAD_TOO_LARGE", 0), ("REQUEST_VALIDATION_FAILED", 0), ("MODEL_LOAD_FAILED", 1)] {
+        worker.now_does(&[Fail(code)]);
+        buffered(&controller).await.unwrap_err();
+        let metadata = controller.request_metrics("r").unwrap();
+        assert_eq!((metadata.attempts.len(), metadata.failed_workers.len()), (1, failed), "{code}");
+    }
+}
