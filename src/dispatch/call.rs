@@ -312,10 +312,11 @@ impl Call {
         self.core.router.select(&self.query(&exclude), now)
     }
 
-    /// Whether another attempt would find nobody.
+    /// Whether another attempt would find nobody, not even for a fallback model.
     fn is_nobody_left(&self, now: Instant) -> bool {
         let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
-        !self.core.retry.revisit && !self.core.router.has_untried(&self.query(&exclude), now)
+        let nobody = !self.core.retry.revisit && !self.core.router.has_untried(&self.query(&exclude), now);
+        nobody && self.next_fallback().is_none()
     }
 
     fn query<'a>(&'a self, exclude: &'a [WorkerId]) -> Query<'a> {
@@ -397,6 +398,10 @@ impl Call {
         error
     }
 
+    fn next_fallback(&self) -> Option<&String> {
+        self.core.config.request_routing.fallback_models.get(&*self.asked_model)?.get(self.fallbacks)
+    }
+
     /// Goes on with the next fallback model, where there is one and an attempt is left.
     fn turn_to_fallback(&mut self, code: ControllerErrorCode) -> bool {
         let turns = matches!(
@@ -406,10 +411,9 @@ impl Call {
         if !turns || self.options.worker_id.is_some() || self.attempts >= self.core.retry.attempts() {
             return false;
         }
-        let fallbacks = self.core.config.request_routing.fallback_models.get(&*self.asked_model);
-        let Some(next) = fallbacks.and_then(|models| models.get(self.fallbacks)) else { return false };
+        let Some(next) = self.next_fallback().cloned() else { return false };
         self.fallbacks += 1;
-        let request = InferenceRequest { model_id: next.clone(), ..(*self.request).clone() };
+        let request = InferenceRequest { model_id: next, ..(*self.request).clone() };
         self.request = Arc::new(request);
         self.failed.clear();
         true

@@ -269,3 +269,13 @@ async fn a_worker_has_not_failed_where_the_request_did() {
         assert_eq!((metadata.attempts.len(), metadata.failed_workers.len()), (1, failed), "{code}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn turning_to_a_fallback_model_is_a_retry_that_costs_the_budget() {
+    let routing = json!({"fallbackModels": {"m": ["small"]}, "retry": {"budgetPercent": 0, "budgetMinPerSecond": 0}});
+    let controller = controller(routing).await;
+    worker(&controller, "w0", &[Fail("WORKER_UNAVAILABLE")]);
+    let small = worker_for(&controller, &registration("w1", &["small"], 0), &[Respond("ok")]);
+    let error = buffered(&controller).await.unwrap_err();
+    assert_eq!((error.code(), small.asked()), (Code::WorkerUnavailable, 0));
+}
