@@ -99,7 +99,7 @@ async fn a_retry_that_cannot_finish_is_not_begun() {
 #[tokio::test(start_paused = true)]
 async fn attempts_that_all_run_out_of_time_use_the_retries_up() {
     // The delays between them take time that the last one then lacks: it ends with its request.
-    let controller = controller(json!({"timeoutMs": 200, "retry": {"maxRetries": 2}})).await;
+    let controller = controller(json!({"timeoutMs": 200, "retry": {"maxRetries": 2, "retryDelayMs": 10}})).await;
     let workers: Vec<_> = (0..4).map(|n| worker(&controller, &format!("w{n}"), &[Accept, Stall])).collect();
     let error = buffered(&controller).await.unwrap_err();
     assert_eq!((error.code(), error.http_status()), (Code::AllRetriesExhausted, 504));
