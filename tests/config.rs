@@ -114,6 +114,17 @@ fn an_unknown_key_is_named_with_its_place_and_the_nearest_one() {
 }
 
 #[test]
+fn an_unknown_value_is_refused_with_the_nearest_one_or_all() {
+    assert!(refused("loadBalancing: {strategy: leest_requests}").ends_with("did you mean least_requests?"));
+    let told = refused("loadBalancing: {strategy: bogus}");
+    for known in ["round_robin", "least_requests", "weighted_random", "skills_based", "peak_ewma", "prefix_aware"] {
+        assert!(told.contains(known), "{told}");
+    }
+    let told = refused("requestRouting: {retry: {retryOnErrors: [FOO]}}");
+    assert!(told.contains("WORKER_TIMEOUT, ") && told.contains("MODEL_LOAD_FAILED"), "{told}");
+}
+
+#[test]
 fn a_wrong_type_says_what_was_expected_and_found() {
     for (text, expected) in [
         ("controller:\n  port: many\n", r#"cluster.yaml:2:9: controller.port: expected a whole number, found the text "many""#),

@@ -53,18 +53,27 @@ pub(super) fn did_you_mean<'a>(prefix: &str, written: &str, candidates: impl Int
     let one_word = |candidate: &str| candidate.bytes().all(|byte| byte.is_ascii_lowercase());
     let styled = |candidate: &&str| candidate.contains('_') == written.contains('_') || one_word(candidate);
     let (same, other): (Vec<&str>, Vec<&str>) = candidates.into_iter().partition(styled);
-    let likeness = |candidate: &str| strsim::jaro_winkler(&snake_written, &snake(candidate));
-    let nearest = same
-        .iter()
-        .chain(&other)
-        .map(|candidate| (likeness(candidate), *candidate))
-        .filter(|(likeness, _)| *likeness >= LIKENESS_MIN)
-        .reduce(|best, next| if next.0 > best.0 { next } else { best });
-    match nearest {
-        Some((_, candidate)) => format!("; did you mean {prefix}{candidate}?"),
+    match nearest(&snake_written, same.iter().chain(&other)) {
+        Some(candidate) => format!("; did you mean {prefix}{candidate}?"),
         None if same.is_empty() => String::new(),
         None => format!("; known are {}", same.iter().map(|key| format!("{prefix}{key}")).collect::<Vec<_>>().join(", ")),
     }
+}
+
+/// As [`did_you_mean`], for values, which are written in one way alone.
+pub(super) fn did_you_mean_value(written: &str, candidates: &[&str]) -> String {
+    match nearest(&snake(written), candidates) {
+        Some(candidate) => format!("; did you mean {candidate}?"),
+        None => format!("; known are {}", candidates.join(", ")),
+    }
+}
+
+fn nearest<'a>(snake_written: &str, candidates: impl IntoIterator<Item = &'a &'a str>) -> Option<&'a str> {
+    let likeness = |candidate: &str| strsim::jaro_winkler(snake_written, &snake(candidate));
+    let alike = candidates.into_iter().map(|candidate| (likeness(candidate), *candidate));
+    let (_, nearest) =
+        alike.filter(|(likeness, _)| *likeness >= LIKENESS_MIN).reduce(|best, next| if next.0 > best.0 { next } else { best })?;
+    Some(nearest)
 }
 
 /// A key in snake_case, whichever way it was written: `sessionTTL` is `session_ttl`.

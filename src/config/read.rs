@@ -8,7 +8,7 @@ use std::fmt;
 use serde::de::value::StrDeserializer;
 use serde::de::{self, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
 
-use super::error::{ConfigError, did_you_mean};
+use super::error::{ConfigError, did_you_mean, did_you_mean_value};
 use super::redact::is_secret;
 use super::tree::{Key, Node, Origin, Segment, Value, dotted};
 
@@ -76,7 +76,7 @@ impl de::Error for ReadError {
 
     fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
         let variant: String = variant.chars().take(80).collect();
-        Self::custom(format_args!("unknown value {variant:?}{}", did_you_mean("", &variant, expected.iter().copied())))
+        Self::custom(format_args!("unknown value {variant:?}{}", did_you_mean_value(&variant, expected)))
     }
 
     fn missing_field(field: &'static str) -> Self {
