@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString, PyTuple, PyType};
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple, PyType};
 
 use super::{errors, json};
-use crate::wire::{InferenceRequest, Priority};
+use crate::wire::{InferenceRequest, Json, Priority};
 
 /// What is asked of a model. What is not set is left to the worker.
 ///
@@ -63,7 +63,7 @@ fn set(request: &mut InferenceRequest, name: &str, value: &Bound<'_, PyAny>) -> 
         "request_id" => request.request_id = text(name, value)?,
         "model_id" => request.model_id = text(name, value)?,
         "prompt" => request.prompt = Some(text(name, value)?),
-        "messages" => request.messages = Some(json::passed_on(name, value)?),
+        "messages" => request.messages = Some(objects(name, value)?),
         "max_tokens" => request.max_tokens = Some(whole(name, value)?),
         "temperature" => request.temperature = Some(number(name, value)?),
         "top_p" => request.top_p = Some(number(name, value)?),
@@ -74,11 +74,13 @@ fn set(request: &mut InferenceRequest, name: &str, value: &Bound<'_, PyAny>) -> 
         "repetition_penalty" => request.repetition_penalty = Some(number(name, value)?),
         "presence_penalty" => request.presence_penalty = Some(number(name, value)?),
         "frequency_penalty" => request.frequency_penalty = Some(number(name, value)?),
-        "logit_bias" => request.logit_bias = Some(json::passed_on(name, value)?),
+        "logit_bias" => request.logit_bias = Some(object(name, value)?),
         "logprobs" => request.logprobs = Some(whole(name, value)?),
-        "tools" => request.tools = Some(json::passed_on(name, value)?),
-        "tool_choice" => request.tool_choice = Some(json::passed_on(name, value)?),
-        "response_format" => request.response_format = Some(json::passed_on(name, value)?),
+        "tools" => request.tools = Some(objects(name, value)?),
+        "tool_choice" if value.is_instance_of::<PyString>() => request.tool_choice = Some(json::passed_on(name, value)?),
+        "tool_choice" if value.cast::<PyMapping>().is_err() => return Err(wrong(name, value, "str or dict")),
+        "tool_choice" => request.tool_choice = Some(object(name, value)?),
+        "response_format" => request.response_format = Some(object(name, value)?),
         "session_id" => request.session_id = Some(text(name, value)?),
         "stream" => request.stream = truth(name, value)?,
         "priority" => request.priority = priority(value)?,
@@ -353,6 +355,22 @@ fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
 
 fn truth(name: &str, value: &Bound<'_, PyAny>) -> PyResult<bool> {
     value.cast::<PyBool>().map(|truth| truth.is_true()).map_err(|_| wrong(name, value, "bool"))
+}
+
+fn object(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Json> {
+    value.cast::<PyMapping>().map_err(|_| wrong(name, value, "dict"))?;
+    json::passed_on(name, value)
+}
+
+fn objects(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Json> {
+    if !value.is_instance_of::<PyList>() && !value.is_instance_of::<PyTuple>() {
+        return Err(wrong(name, value, "list of dict"));
+    }
+    for (index, item) in value.try_iter()?.enumerate() {
+        let item = item?;
+        item.cast::<PyMapping>().map_err(|_| wrong(&format!("{name}[{index}]"), &item, "dict"))?;
+    }
+    json::passed_on(name, value)
 }
 
 fn stop(value: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {

@@ -129,6 +129,12 @@ def test_a_request_gets_an_id() -> None:
         ({"temperature": "hot"}, TypeError, "temperature is of type str; float is right"),
         ({"prompt": b"Hello"}, TypeError, "prompt is of type bytes; str is right"),
         ({"stop": [1]}, TypeError, r"stop\[0\] is of type int; str is right"),
+        ({"messages": "Hello"}, TypeError, "messages is of type str; list of dict is right"),
+        ({"messages": ["Hello"]}, TypeError, r"messages\[0\] is of type str; dict is right"),
+        ({"tools": {}}, TypeError, "tools is of type dict; list of dict is right"),
+        ({"tool_choice": 1}, TypeError, "tool_choice is of type int; str or dict is right"),
+        ({"response_format": "json"}, TypeError, "response_format is of type str; dict is right"),
+        ({"logit_bias": [1]}, TypeError, "logit_bias is of type list; dict is right"),
         ({"stream": 1}, TypeError, "stream is of type int; bool is right"),
         ({"priority": "urgent"}, ValueError, "'high', 'normal' or 'low' is right"),
         ({"messages": [{"content": object()}]}, TypeError, r"messages\[0\].content: is of type object"),
@@ -149,7 +155,7 @@ def test_endless_nesting_is_refused() -> None:
     ring: list[Any] = []
     ring.append(ring)
     with pytest.raises(ValueError, match="nested more than"):
-        InferenceRequest(model_id="tiny", tools=ring)
+        InferenceRequest(model_id="tiny", tools=[{"ring": ring}])
 
 
 def test_only_types_are_checked() -> None:
