@@ -381,6 +381,8 @@ impl Inner {
         }
         closing.cancel();
         let _ = tokio::time::timeout(LAST_WORDS, &mut intake).await;
+        // Until the server has taken that nobody listens here, it sends requests that nobody answers.
+        let _ = tokio::time::timeout(LAST_WORDS, connection.flush()).await;
         connection.close().await;
         self.over(why);
     }
