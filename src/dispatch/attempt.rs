@@ -17,6 +17,9 @@ use crate::routing::{Lease, Outcome};
 use crate::transport::{Delivery, Mailbox, Outgoing, Transport};
 use crate::wire::{Finish, Json, Reply, Token, WorkerId};
 
+/// How often is looked whether a model that a worker loads is there.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 /// A running attempt.
 pub(super) struct Attempt {
     transport: Arc<dyn Transport>,
@@ -121,7 +124,11 @@ impl Attempt {
             if let Some(step) = self.try_next()? {
                 return Ok(step);
             }
+            self.look_for_the_model();
             let (at, limit) = self.timers.next();
+            let looks = self.timers.is_loading() && matches!(self.stage, Stage::Running(_));
+            let look = looks.then(|| Instant::now() + LOOK_AGAIN).filter(|look| *look < at);
+            let at = look.unwrap_or(at);
             if self.armed != Some(at) {
                 self.sleep.as_mut().reset(at);
                 self.armed = Some(at);
@@ -150,6 +157,10 @@ impl Attempt {
                         }
                         () = self.cut.cancelled() => return Err(self.failed(cut_off())),
                         () = &mut self.sleep => {
+                            self.look_for_the_model();
+                            if look.is_some() || self.timers.next().0 > Instant::now() {
+                                continue;
+                            }
                             let error = self.timers.passed(limit);
                             return Err(self.failed(error));
                         }
@@ -160,6 +171,14 @@ impl Attempt {
                 }
                 Stage::Over => return Err(self.failed(defect("an attempt was asked after its end"))),
             }
+        }
+    }
+
+    /// Notes when the worker has loaded the model.
+    fn look_for_the_model(&mut self) {
+        let still = |lease: &Lease| lease.is_loading(&self.outgoing.request.model_id);
+        if self.timers.is_loading() && !self.lease.as_ref().is_some_and(still) {
+            self.timers.loaded(Instant::now());
         }
     }
 

@@ -53,6 +53,8 @@ pub(super) struct Timers {
     idle_at: Option<Instant>,
     total: (Instant, Duration),
     deadline: Deadline,
+    /// Since when the worker is known to load the model, and how long it may.
+    loading: Option<(Instant, Duration)>,
 }
 
 /// A limit that passed.
@@ -107,6 +109,7 @@ impl Limits {
             idle_at: None,
             total,
             deadline,
+            loading: loading.then_some((now, extra)),
         }
     }
 }
@@ -117,6 +120,22 @@ impl Timers {
     /// How long the attempt may take to its end, from now on.
     pub(super) fn left(&self, now: Instant) -> Duration {
         self.total.0.min(self.deadline.at).saturating_duration_since(now)
+    }
+
+    /// Whether the limits still allow for the loading of the model.
+    pub(super) fn is_loading(&self) -> bool {
+        self.loading.is_some()
+    }
+
+    /// The model is loaded: the time for it that was not needed is nobody's, so that the other limits begin now.
+    pub(super) fn loaded(&mut self, now: Instant) {
+        let Some((since, most)) = self.loading.take() else { return };
+        let unused = most.saturating_sub(now.saturating_duration_since(since));
+        let sooner = |(at, span): (Instant, Duration)| (at.checked_sub(unused).unwrap_or(at), span.saturating_sub(unused));
+        self.total = (sooner(self.total).0, self.total.1.saturating_sub(most));
+        if !self.deadline.by_caller {
+            (self.deadline.at, self.deadline.span) = sooner((self.deadline.at, self.deadline.span));
+        }
     }
 
     /// The worker gave a sign of itself.
@@ -254,5 +273,21 @@ mod tests {
         let timers = limits().timers(Mode::Streaming, true, deadline, now);
         assert_eq!(timers.next(), (now + millis(120_000), Limit::Accept));
         assert_eq!(timers.left(now), millis(720_000));
+    }
+
+    #[test]
+    fn the_other_limits_begin_when_the_model_is_loaded() {
+        let now = Instant::now();
+        let deadline = limits().deadline(Mode::Buffered, None, now);
+        let mut timers = limits().timers(Mode::Buffered, true, deadline, now);
+        timers.heard();
+        assert_eq!(timers.next(), (now + millis(150_000), Limit::Total));
+        timers.loaded(now + millis(20_000));
+        assert!(!timers.is_loading());
+        assert_eq!(timers.next(), (now + millis(50_000), Limit::Total));
+        assert_eq!(timers.passed(Limit::Total).context()["timeoutMs"], 30_000);
+        assert!(!timers.is_requests_own());
+        timers.loaded(now + millis(30_000));
+        assert_eq!(timers.left(now), millis(50_000));
     }
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import nats as nats_py
 import pytest
 
-from cluster import PATIENCE, Cluster, ask, failure, read, settings
+from cluster import PATIENCE, Cluster, ask, failure, read, settings, until
 from mlx_serving_router import ControllerError, ControllerNode, InferenceRequest, TokenEvent, WorkerNode
 from rawworker import ANSWER, RawWorker, answers, fails, in_turn, stalls
 
@@ -630,3 +630,23 @@ async def test_the_product_understands_itself(nats: NatsServer, nats_prefix: str
                 )
     finally:
         await node.stop(1)
+
+
+@pytest.mark.nats
+async def test_limits_begin_when_a_model_is_loaded(nats: NatsServer, nats_prefix: str) -> None:
+    limits = {"timeoutMs": 300, "modelLoadTimeoutMs": 60_000, "retry": {"enabled": False}}
+    async with Cluster(nats.url, nats_prefix, plan=stalls(), requestRouting=limits) as cluster:
+        worker = cluster.worker
+        worker.loading = ["tiny"]
+        await worker.beat()
+        await until(lambda: cluster.info(worker).loading_models, "it loads")
+        call = asyncio.create_task(failure(cluster.controller.handle_buffered_request(ask())))
+        await worker.asked()
+        done, _ = await asyncio.wait({call}, timeout=0.6)
+        assert not done
+        worker.loading = []
+        await worker.beat()
+        async with asyncio.timeout(PATIENCE):
+            error = await call
+        assert (error.code, error.context["limit"]) == ("WORKER_TIMEOUT", "total")
+        await worker.told_to_stop()
