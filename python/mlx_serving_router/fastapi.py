@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from mlx_serving_router import _http, _native
 from mlx_serving_router._config import as_config
@@ -36,6 +38,8 @@ from mlx_serving_router._http import HttpError, api_error, json_bytes, json_resp
 if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from mlx_serving_router._native import ClusterConfig, CompletionCall
 
@@ -74,6 +78,9 @@ def create_app(
     )
     app.include_router(router)
     app.exception_handler(HTTPException)(_no_route)
+    for route in app.routes:
+        if type(route) is Route:  # FastAPI's own: the documentation
+            route.app = _named(route.app)
     return app
 
 
@@ -181,6 +188,20 @@ def _require_key(keys: list[bytes]) -> Callable[[Request], Awaitable[None]]:
             raise HttpError(401, "invalid_api_key", message, {"www-authenticate": "Bearer"})
 
     return check
+
+
+def _named(app: ASGIApp) -> ASGIApp:
+    """The application with an id in its answers."""
+
+    async def named(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[_http.REQUEST_ID] = _http.request_id(Request(scope))
+            await send(message)
+
+        await app(scope, receive, send_named)
+
+    return named
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:

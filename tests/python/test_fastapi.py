@@ -49,6 +49,8 @@ def test_every_answer_has_a_request_id(http: httpx.Client) -> None:
         http.post("/v1/chat/completions", json=chat()),
         http.post("/v1/chat/completions", json=chat(stream=True)),
         http.get("/api/controller/requests/none"),
+        http.get("/docs"),
+        http.get("/openapi.json"),
     ]:
         assert UUID.fullmatch(response.headers["x-request-id"]), response.request.url
         assert not response.text.startswith('{"detail"')
