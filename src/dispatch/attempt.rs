@@ -265,6 +265,11 @@ impl Attempt {
             return Err(self.failed(error.with("index", token.index).with("expected", self.expected)));
         }
         let now = Instant::now();
+        // Tokens that are there already come before the timer is looked at.
+        if self.timers.left(now).is_zero() {
+            let error = self.timers.passed(Limit::Total);
+            return Err(self.failed(error));
+        }
         if self.expected == 0
             && let Some(lease) = &self.lease
         {

@@ -3,6 +3,8 @@
 //! It promises one end for each request, with everything given back and everything recorded before the caller sees it.
 //! What happens within an attempt is the attempt's business; who is chosen, the routing room's.
 
+mod refusal;
+
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,7 +50,7 @@ pub(super) struct Call {
 /// A worker that failed this request.
 struct Failed {
     worker: WorkerId,
-    timed_out: bool,
+    code: ControllerErrorCode,
     /// Until when it wants no further request.
     hold: Option<Instant>,
 }
@@ -331,7 +333,7 @@ impl Call {
     /// With nobody else left and `revisitFailedWorkers`, lets those who failed without a timeout be asked again; waits for
     /// the first of them that wants to be left alone for a while.
     async fn revisit(&mut self, refusal: &Refusal, now: Instant) -> Result<bool, ControllerError> {
-        let forgivable = |failed: &Failed| !failed.timed_out;
+        let forgivable = |failed: &Failed| failed.code != ControllerErrorCode::WorkerTimeout;
         if !self.core.retry.revisit || !matches!(refusal, Refusal::AllTried { .. }) || !self.failed.iter().any(forgivable) {
             return Ok(false);
         }
@@ -344,7 +346,7 @@ impl Call {
             () = tokio::time::sleep_until(soonest) => {}
             () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
         }
-        self.failed.retain(|failed| failed.timed_out || failed.hold.is_some_and(|hold| hold > soonest));
+        self.failed.retain(|failed| !forgivable(failed) || failed.hold.is_some_and(|hold| hold > soonest));
         Ok(true)
     }
 
@@ -394,7 +396,7 @@ impl Call {
         self.met.push(json!({"workerId": worker.as_str(), "code": error.code(), "message": error.message()}));
         let hold =
             error.retry_after_ms().and_then(|after| u64::try_from(after).ok()).map(|after| now + Duration::from_millis(after));
-        self.failed.push(Failed { worker, timed_out: error.code() == ControllerErrorCode::WorkerTimeout, hold });
+        self.failed.push(Failed { worker, code: error.code(), hold });
         error
     }
 
@@ -415,73 +417,9 @@ impl Call {
         self.fallbacks += 1;
         let request = InferenceRequest { model_id: next, ..(*self.request).clone() };
         self.request = Arc::new(request);
-        self.failed.clear();
+        // That one model could not be loaded says nothing about another.
+        self.failed.retain(|failed| failed.code != ControllerErrorCode::ModelLoadFailed);
         true
-    }
-
-    fn refused(&self, refusal: Refusal) -> ControllerError {
-        let model = &self.request.model_id;
-        let named = self.options.worker_id.as_deref().unwrap_or_default();
-        let millis = |after: Duration| u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-        let error = |code, message: String| ControllerError::new(code, message);
-        let error = match refusal {
-            Refusal::NoWorkers => error(
-                ControllerErrorCode::NoWorkersAvailable,
-                "no worker is online; start one, or wait for one to register".into(),
-            )
-            .with("totalWorkers", self.core.workers_known())
-            .with("healthyWorkers", 0)
-            .with("excludedWorkers", 0),
-            Refusal::ModelNotFound if self.options.worker_id.is_some() => {
-                error(ControllerErrorCode::ModelNotFound, format!("worker {named} does not serve this model"))
-            }
-            Refusal::ModelNotFound => {
-                let served = self.core.router.models();
-                let shown = served.iter().take(16).map(String::as_str).collect::<Vec<_>>().join(", ");
-                error(ControllerErrorCode::ModelNotFound, format!("no online worker serves this model; served are: {shown}"))
-            }
-            Refusal::NoHealthyWorkers { retry_after } => error(
-                ControllerErrorCode::NoHealthyWorkers,
-                "every worker that serves this model failed lately; its breaker is open".into(),
-            )
-            .with("retryAfterMs", millis(retry_after).max(1))
-            .with("totalWorkers", self.core.router.serving(model))
-            .with("healthyWorkers", 0),
-            Refusal::AllTried { total, healthy, excluded } => {
-                let message = match &self.last {
-                    Some(last) => format!(
-                        "nobody is left to try; the last of {} attempts failed with {}: {}",
-                        self.attempts,
-                        last.code(),
-                        last.message()
-                    ),
-                    None => "nobody is left to try".into(),
-                };
-                error(ControllerErrorCode::NoWorkersAvailable, message)
-                    .with("totalWorkers", total)
-                    .with("healthyWorkers", healthy)
-                    .with("excludedWorkers", excluded)
-            }
-            Refusal::WorkerOffline => error(
-                ControllerErrorCode::WorkerOffline,
-                "the worker that was named is not online; leave it out to have one chosen".into(),
-            ),
-            Refusal::CircuitOpen { retry_after } => {
-                error(ControllerErrorCode::CircuitBreakerOpen, format!("the circuit breaker of worker {named} is open"))
-                    .with("retryAfterMs", millis(retry_after).max(1))
-            }
-            // Waited for, never told.
-            Refusal::Full => error(ControllerErrorCode::QueueFull, "every worker is busy".into()),
-        };
-        if self.options.worker_id.is_some() { error.with("workerId", named) } else { error }
-    }
-
-    /// The last attempt's error is the cause of what ends the request between attempts.
-    fn after_last(&mut self, error: ControllerError) -> ControllerError {
-        match self.last.take() {
-            Some(last) => error.caused_by(last),
-            None => error,
-        }
     }
 
     /// Ends the request with an error, and gives the error as the caller sees it.

@@ -108,3 +108,23 @@ async fn a_worker_can_be_named() {
     let error = controller.buffered(request(), options("w1")).await.unwrap_err();
     assert_eq!(error.code(), Code::CircuitBreakerOpen);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_failed_is_not_asked_for_a_fallback_either() {
+    let controller = controller(json!({"fallbackModels": {"big": ["m"]}})).await;
+    let dead = worker_for(&controller, &registration("w0", &["big", "m"], 0), &[Fail("WORKER_UNAVAILABLE")]);
+    worker(&controller, "w1", &[Respond("small")]);
+    let answer =
+        controller.buffered(InferenceRequest { model_id: "big".into(), ..request() }, CallOptions::default()).await.unwrap();
+    assert_eq!((answer.worker_id.as_str(), dead.asked()), ("w1", 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_could_not_be_loaded_is_replaced_on_the_same_worker() {
+    let controller = controller(json!({"fallbackModels": {"big": ["m"]}})).await;
+    let worker = worker_for(&controller, &registration("w", &["big", "m"], 0), &[Fail("MODEL_LOAD_FAILED")]);
+    let asks = controller.buffered(InferenceRequest { model_id: "big".into(), ..request() }, CallOptions::default());
+    assert_eq!(asks.await.unwrap_err().code(), Code::NoWorkersAvailable);
+    let models: Vec<_> = worker.asked.lock().iter().map(|asked| asked.request.model_id.clone()).collect();
+    assert_eq!(models, ["big", "m"]);
+}

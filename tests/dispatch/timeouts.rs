@@ -107,3 +107,21 @@ async fn attempts_that_all_run_out_of_time_use_the_retries_up() {
     assert_eq!(workers.iter().map(Scripted::asked).sum::<usize>(), 3);
     assert_at_rest(&controller);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_is_never_idle_ends_at_its_limit_all_the_same() {
+    let controller = controller(json!({"streamTotalTimeoutMs": 100})).await;
+    let script: Vec<Act> = (0..200).flat_map(|_| [Say("a"), Wait(1)]).chain([Done]).collect();
+    worker(&controller, "w", &script);
+    let mut stream = streaming(&controller).await.unwrap();
+    // A reader that is always a little behind.
+    let error = loop {
+        sleep(Duration::from_millis(5)).await;
+        match stream.next_batch().await {
+            Ok(batch) => assert!(!batch.is_empty()),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!((error.code(), limit(&error)), (Code::StreamInterrupted, "total"));
+    assert_at_rest(&controller);
+}
