@@ -351,8 +351,17 @@ def test_it_ends_with_a_parent_that_forgets_to_stop_it(then: str, scratch: Path)
 
 
 def test_ctrl_c_reaches_the_parent_first() -> None:
-    wait = "try:\n    import time; time.sleep(60)\nexcept KeyboardInterrupt:\n    print(server.poll()); server.stop()"
+    wait = """
+try:
+    print("waits", flush=True)
+    sys.stdin.read()
+except KeyboardInterrupt:
+    print(server.poll())
+    server.stop()
+"""
     with _parent(wait) as (parent, pid):
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "waits\n"
         os.killpg(parent.pid, signal.SIGINT)
         output, errors = parent.communicate(timeout=10)
         assert (output, errors) == ("None\n", "")
