@@ -322,8 +322,9 @@ print(server.pid, flush=True)
 def _parent(then: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that starts a server, and the server's process id."""
     command = [sys.executable, "-c", _PARENT.format(then=then)]
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     ) as parent:
         assert parent.stdout is not None
         try:
