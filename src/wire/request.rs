@@ -182,7 +182,16 @@ impl InferenceRequest {
 /// Whether a text may name a session: 1 to 256 printable characters.
 #[must_use]
 pub fn valid_session_id(session: &str) -> bool {
-    (1..=256).contains(&session.chars().take(257).count()) && !session.chars().any(char::is_control)
+    (1..=256).contains(&session.chars().take(257).count()) && session.chars().all(is_printable)
+}
+
+/// Whether something is seen of a character, or it joins those beside it: no control, no mark of direction, of all spaces
+/// the usual one.
+fn is_printable(letter: char) -> bool {
+    let unseen = ['\u{ad}', '\u{200b}', '\u{200e}', '\u{200f}', '\u{feff}'].contains(&letter)
+        || ('\u{202a}'..='\u{202e}').contains(&letter)
+        || ('\u{2060}'..='\u{206f}').contains(&letter);
+    letter == ' ' || !(letter.is_control() || letter.is_whitespace() || unseen)
 }
 
 /// Says which fields are set, and of prompts the size alone.

@@ -175,6 +175,7 @@ fn the_session_is_the_first_that_is_given() {
         (None, json!({"session_id": "s", "prompt_cache_key": "k", "user": "u"}), Some("s")),
         (None, json!({"prompt_cache_key": "k", "user": "u"}), Some("k")),
         (None, json!({"user": "u"}), Some("u")),
+        (None, json!({"user": "Zo\u{eb} \u{1f469}\u{200d}\u{1f4bb}"}), Some("Zo\u{eb} \u{1f469}\u{200d}\u{1f4bb}")),
         (None, json!({}), None),
         (None, json!({"prompt_cache_key": long, "user": "u"}), Some("u")),
         (None, json!({"prompt_cache_key": 7, "user": "a\nb"}), None),
@@ -189,6 +190,8 @@ fn the_session_is_the_first_that_is_given() {
         (Some("a\tb"), json!({"session_id": "s"}), "x-session-id"),
         (None, json!({"session_id": ""}), "session_id"),
         (None, json!({"session_id": long}), "session_id"),
+        (None, json!({"session_id": "a\u{2028}b"}), "session_id"),
+        (None, json!({"session_id": "a\u{200b}"}), "session_id"),
         (None, json!({"session_id": 7}), "session_id"),
     ] {
         let body = chat_body(body).to_string();
