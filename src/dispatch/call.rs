@@ -19,7 +19,7 @@ use super::core::{Core, not_ready};
 use super::limits::{Deadline, Limit, Mode, timeout};
 use super::retry::Next;
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::routing::{Lease, Query, Refusal};
+use crate::routing::{Choice, Lease, Query, Refusal};
 use crate::telemetry::{LeftOut, RequestMetadata, RequestRecord};
 use crate::transport::Outgoing;
 use crate::wire::{Finish, InferenceRequest, Json, WorkerId};
@@ -180,6 +180,7 @@ impl Call {
             request_id,
             worker_id,
             code = code.as_str(),
+            duration_ms = self.record.elapsed_ms(now),
             attempt = self.attempts,
             "attempt failed, another worker is tried"
         );
@@ -360,6 +361,9 @@ impl Call {
         }
         let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
         let left_out = lease.left_out(&self.query(&exclude), now);
+        if lease.choice() != Choice::Named {
+            self.core.left_out.tell(&self.request.request_id, &self.request.model_id, &left_out, now);
+        }
         let left_out = left_out.into_iter().map(|(worker_id, why)| LeftOut { worker_id, reason: why.as_str().into() }).collect();
         self.record.attempt_started(&worker, lease.choice().as_str(), left_out, now);
         tracing::debug!(
@@ -466,8 +470,14 @@ impl Drop for Call {
         }
         let now = Instant::now();
         let gone = ControllerError::new(ControllerErrorCode::Cancelled, "the caller went away");
-        self.record.finish(Err(&gone), now);
+        let metadata = self.record.finish(Err(&gone), now);
         self.tell_end(Some(gone.code()), now);
-        tracing::info!(request_id = &*self.request.request_id, "request cancelled: its caller went away");
+        tracing::info!(
+            request_id = &*self.request.request_id,
+            worker_id = metadata.selected_worker.as_deref(),
+            duration_ms = metadata.duration_ms,
+            attempts = self.attempts,
+            "request cancelled: its caller went away"
+        );
     }
 }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::admission::Admission;
 use super::controller::ControllerState;
 use super::events::Teller;
+use super::left_out::LeftOutLog;
 use super::limits::Limits;
 use super::retry::{Budgets, Next, RetryPolicy};
 use crate::config::ClusterConfig;
@@ -28,6 +29,7 @@ pub(super) struct Core {
     pub(super) requests: Arc<Requests>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) events: Teller,
+    pub(super) left_out: LeftOutLog,
     pub(super) limits: Limits,
     pub(super) retry: RetryPolicy,
     pub(super) budgets: Mutex<Budgets>,
@@ -79,6 +81,7 @@ impl Core {
             ended: Notify::new(),
             rng: Mutex::new(rng),
             late_told: AtomicU64::new(0),
+            left_out: LeftOutLog::default(),
             retry,
             metrics,
             events,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use serde_json::json;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -59,10 +60,11 @@ impl Lifecycle {
         self.spawn(usher(self.core.clone()));
         self.go_on(ControllerState::Ready)?;
         unfinished.finish();
+        let (nats, strategy) = (json!(config.nats.mode), json!(config.load_balancing.strategy));
         tracing::info!(
             controller_id = &*self.core.id,
-            nats = ?config.nats.mode,
-            strategy = ?config.load_balancing.strategy,
+            nats = nats.as_str(),
+            strategy = strategy.as_str(),
             session_affinity = config.load_balancing.session_affinity,
             max_retries = config.request_routing.retry.max_retries,
             timeout_ms = config.request_routing.timeout_ms,

@@ -9,7 +9,7 @@
 //! | `retry` | whether and when another worker is tried; pure |
 //! | `admission` | the queue of requests that find every worker full |
 //! | `stream`, `answer` | tokens as they come, and the whole |
-//! | `events` | what is told of it |
+//! | `events`, `left_out` | what is told of it |
 //!
 //! Dropping a future of this room at any point undoes everything through guards. The room knows transports by their trait;
 //! only its start names NATS.
@@ -21,6 +21,7 @@ mod call;
 mod controller;
 mod core;
 mod events;
+mod left_out;
 mod lifecycle;
 mod limits;
 mod membership;

@@ -308,6 +308,12 @@ impl RequestRecord {
         self.live.snapshot()
     }
 
+    /// How long ago it came, in milliseconds.
+    #[must_use]
+    pub fn elapsed_ms(&self, now: Instant) -> f64 {
+        fractional_ms(now.saturating_duration_since(self.live.start))
+    }
+
     /// What is known so far.
     #[must_use]
     pub fn snapshot(&self) -> RequestMetadata {
