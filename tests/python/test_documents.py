@@ -36,7 +36,9 @@ def tables(document: str, header: str) -> list[dict[str, str]]:
     """The rows of all tables whose first column is headed so, by the names of their columns."""
     rows = []
     for block in re.findall(r"(?:^\|.*\n)+", document, re.MULTILINE):
-        lines = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in block.splitlines()]
+        lines = [
+            [cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in block.splitlines()
+        ]
         names, _rule, *cells = lines
         if names[0].strip("` ") == header:
             rows += [dict(zip(names, row, strict=True)) for row in cells]
@@ -77,7 +79,7 @@ def test_every_code_is_there_in_the_order_of_the_core() -> None:
 def test_a_code_is_described_as_it_is(code: ControllerErrorCode) -> None:
     row = CODES[code]
     status, headers, _body = _native.openai_error(ControllerError(code, "why"))
-    shown = {"an error event in the stream": 500, "–": 499, "that of the last error": 503}
+    shown = {"an error event in the stream": 500, "\N{EN DASH}": 499, "that of the last error": 503}
     said = row["HTTP"].removesuffix(", Retry-After")
     assert (shown.get(said) or int(said)) == status
     assert row["HTTP"].endswith("Retry-After") == ("retry-after" in dict(headers))
@@ -335,7 +337,5 @@ def test_every_log_record_is_described() -> None:
 
 def test_every_address_that_shows_something_is_described() -> None:
     fastapi = pytest.importorskip("mlx_serving_router.fastapi")
-    routes = {
-        f"{method} {path}" for method, path, *_ in fastapi._ROUTES if not path.startswith("/v1/")  # noqa: SLF001
-    }
+    routes = {f"{method} {path}" for method, path, *_ in fastapi._ROUTES if not path.startswith("/v1/")}
     assert set(column(MONITORING, "address")) == routes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import pickle
 import traceback
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cluster import PATIENCE, Cluster, ask, failure, until
+from cluster import PATIENCE, Cluster, failure, served, settings, until
 from mlx_serving_router import (
     ControllerError,
     ControllerNode,
@@ -18,18 +19,20 @@ from mlx_serving_router import (
     TokenEvent,
     WorkerNode,
 )
+from mlx_serving_router.nats_server import NatsServer
 from rawworker import babbles
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from mlx_serving_router.nats_server import NatsServer
-
 ROOT = "mlx_serving_router"
-SECRET = "sesame"  # noqa: S105
+SECRET = "sesame"
 LOCAL: dict[str, Any] = {
     "nats": {"mode": "none"},
-    "requestRouting": {"retry": {"retryDelayMs": 0}, "circuitBreaker": {"failureThreshold": 1, "timeoutMs": 50}},
+    "requestRouting": {
+        "retry": {"retryDelayMs": 0},
+        "circuitBreaker": {"failureThreshold": 1, "timeoutMs": 50},
+    },
 }
 # What a record has by itself.
 STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -146,7 +149,13 @@ async def test_a_request_that_succeeds(log: Log) -> None:
         Worker(controller)
         response = await controller.handle_buffered_request(request(request_id="r"))
     await log.one(
-        "dispatch.call", "worker selected", "DEBUG", request_id="r", worker_id="w", choice="strategy", attempt=1
+        "dispatch.call",
+        "worker selected",
+        "DEBUG",
+        request_id="r",
+        worker_id="w",
+        choice="strategy",
+        attempt=1,
     )
     await log.one(
         "dispatch.call",
@@ -168,7 +177,9 @@ async def test_a_request_that_is_cancelled(log: Log) -> None:
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        await until(lambda: not controller.cluster_status().requests["active"], "the end of what was abandoned")
+        await until(
+            lambda: not controller.cluster_status().requests["active"], "the end of what was abandoned"
+        )
         metadata = controller.get_request_metrics("r")
     assert metadata is not None
     await log.one(
@@ -250,14 +261,7 @@ async def test_a_breaker_that_recovers(log: Log) -> None:
         worker.fails = True
         assert (await failure(controller.handle_buffered_request(request()))).code == "WORKER_UNAVAILABLE"
         worker.fails = False
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                try:
-                    await controller.handle_buffered_request(request())
-                    break
-                except ControllerError as error:
-                    assert error.code == "NO_HEALTHY_WORKERS"
-                    await asyncio.sleep(0.01)
+        await served(lambda: controller.handle_buffered_request(request()), "NO_HEALTHY_WORKERS")
     message = "circuit breaker half-open or closed"
     await until(lambda: len(log.of("dispatch.events", message)) == 2, "its recovery")
     half_open, closed = log.of("dispatch.events", message)
@@ -279,6 +283,112 @@ async def test_a_worker_that_the_caller_names_leaves_nobody_out(log: Log) -> Non
     assert log.of("dispatch.left_out", "workers filtered out") == []
 
 
+# === over NATS ===
+
+
+@pytest.mark.nats
+async def test_what_happens_to_a_fleet(log: Log, nats: NatsServer, nats_prefix: str) -> None:
+    limits = {"controller": {"maxWorkers": 2, "workerOfflineTimeoutMs": 1000}}
+    async with Cluster(nats.url, nats_prefix, workers=1, **limits) as cluster:
+        worker = cluster.worker
+        await worker.publish("worker.register", {"workerId": "old", "skills": {"availableModels": ["tiny"]}})
+        text = "a worker of the older dialect registered; this version does not speak it, and leaves it out"
+        await log.one("dispatch.membership", text, "WARNING", worker_id="old")
+
+        await worker.publish("worker.heartbeat", ["no heartbeat"])
+        subject = f"{nats_prefix}worker.heartbeat"
+        await log.one(
+            "dispatch.membership", "a membership message was dropped", "DEBUG", subject=subject, error=str
+        )
+
+        before, worker.incarnation = worker.incarnation, "another"
+        await worker.register()
+        text = "a new start of this worker, or another one of its name, took its place"
+        await log.one(
+            "dispatch.events", text, "WARNING", worker_id="w0", incarnation="another", previous=before
+        )
+
+        third = cluster.another(worker_id="third")
+        third.beats = False  # with each heartbeat it would be asked to register again
+        async with cluster.another(worker_id="second"), third:
+            text = "no room for another worker: controller.maxWorkers"
+            await log.one("dispatch.membership", text, "WARNING", worker_id="third", max_workers=2)
+
+        worker.beats = False
+        await log.one("dispatch.events", "worker offline: silent for too long", "WARNING", worker_id="w0")
+
+
+async def test_a_local_worker_that_leaves(log: Log) -> None:
+    async with ControllerNode(LOCAL) as controller:
+        Worker(controller)
+    await log.one("dispatch.events", "worker forgotten", "INFO", worker_id="w")
+
+
+@pytest.mark.nats
+async def test_what_a_worker_does_not_understand(log: Log, nats: NatsServer, nats_prefix: str) -> None:
+    async with Cluster(nats.url, nats_prefix, workers=1) as cluster:
+        send = cluster.worker.publish
+        config = cluster.controller.config
+        async with WorkerNode(never_ends, config=config, worker_id="ours", models=["tiny"]):
+            asked = {"requestId": "r", "modelId": "tiny", "prompt": "x"}
+            await send("inference.ours", asked)
+            await log.one("worker.intake", "a request without a subject for its answer is dropped", "DEBUG")
+            await send("cancel.ours", [])
+            await log.one("worker.intake", "a cancellation that cannot be read is dropped", "DEBUG")
+            await send("controller.hello", [])
+            subject = f"{nats_prefix}controller.hello"
+            await log.one(
+                "worker.membership", "a message that cannot be read is dropped", "DEBUG", subject=subject
+            )
+            client, inbox = cluster.worker.client, f"{nats_prefix}answers"
+            for _ in range(2):
+                headers = {"Request-Id": "r", "Attempt": "1", "Controller-Id": "c"}
+                body = json.dumps(asked).encode()
+                await client.publish(f"{nats_prefix}inference.ours", body, reply=inbox, headers=headers)
+            await log.one(
+                "worker.intake", "an attempt that is here already is ignored", "DEBUG", request_id="r"
+            )
+            async with cluster.another(worker_id="ours"):
+                record = await log.one(
+                    "worker.runtime", "the worker has stopped", "ERROR", worker="ours", error=str
+                )
+                assert "WORKER_OFFLINE" in vars(record)["error"]
+
+
+async def never_ends(_request: InferenceRequest) -> AsyncIterator[str]:
+    await asyncio.Event().wait()
+    yield ""
+
+
+@pytest.mark.nats
+async def test_nats_goes_and_comes(log: Log, nats_prefix: str) -> None:
+    with NatsServer(port=0) as server:
+        controller = ControllerNode(settings(server.url, nats_prefix), controller_id="c")
+        worker = WorkerNode(answer, config=controller.config, worker_id="w", models=["tiny"])
+        async with controller:
+            await worker.start()
+            await controller.wait_for_workers(1, timeout=PATIENCE)
+            await asyncio.to_thread(server.stop)
+            await log.one(
+                "dispatch.membership", "the connection to NATS is down", "WARNING", controller_id="c"
+            )
+            await until(lambda: log.of("worker.membership", "no heartbeat went out"), "a lost heartbeat")
+            lost = log.of("worker.membership", "no heartbeat went out")[0]
+            assert (lost.levelname, list(fields_of(lost))) == ("DEBUG", ["error"])
+            await worker.stop(0)
+            await log.one(
+                "worker.membership",
+                "not deregistered; controllers will notice the silence",
+                "DEBUG",
+                error=str,
+            )
+            with NatsServer(port=server.port):
+                await log.one(
+                    "dispatch.membership", "the connection to NATS is back", "INFO", controller_id="c"
+                )
+                await controller.stop(0)
+
+
 # === what is not told ===
 
 
@@ -295,12 +405,11 @@ async def leaks(log: Log, caplog: pytest.LogCaptureFixture, *shown: object) -> l
 def traces(error: BaseException) -> list[object]:
     """All that shows of an error: its words, its facts, its causes, its traceback."""
     shown: list[object] = ["".join(traceback.format_exception(error))]
-    while error is not None:
-        assert isinstance(error, ControllerError)
-        shown += [error, error.message, error.context, error.to_dict(), pickle.dumps(error)]
-        if error.__cause__ is None:
-            return shown
-        error = error.__cause__
+    cause: BaseException | None = error
+    while cause is not None:
+        assert isinstance(cause, ControllerError)
+        shown += [cause, cause.message, cause.context, cause.to_dict(), pickle.dumps(cause)]
+        cause = cause.__cause__
     return shown
 
 
@@ -434,7 +543,7 @@ async def test_nothing_is_told_over_nats_either(
             "WORKER_UNAVAILABLE",
             "WORKER_UNAVAILABLE",
         )
-        shown = [
-            one for error in (broken.value, garbled, raised) for one in traces(error)
-        ] + list(cluster.controller.get_all_request_metrics())
+        shown = [one for error in (broken.value, garbled, raised) for one in traces(error)] + list(
+            cluster.controller.get_all_request_metrics()
+        )
     assert await leaks(log, caplog, *shown) == []
