@@ -287,6 +287,8 @@ class RawWorker:
         self.loading: list[str] = []
         self.jobs: list[Job] = []
         self.cancels: list[dict[str, Any]] = []
+        # nats-py reads each subscription by itself: a cancel may be seen before its request.
+        self._early: set[tuple[str, int]] = set()
         self.hellos: list[dict[str, Any]] = []
         self.reregistered = 0
         self.client: Client
@@ -441,6 +443,9 @@ class RawWorker:
 
     async def _on_request(self, message: Msg) -> None:
         job = Job(self, message)
+        if (key := (job.request_id, job.attempt)) in self._early:
+            self._early.remove(key)
+            job.cancelled.set()
         self.jobs.append(job)
         self._on_event({"event": "asked", "requestId": job.request_id, "attempt": job.attempt})
         self._running[job] = asyncio.create_task(self._run(job))
@@ -450,6 +455,8 @@ class RawWorker:
         # A worker drops by itself what is past its time; this one so late that tests meet the controller's own limits.
         limit = float(job.headers.get("Timeout-Ms", "600000")) / 1000 + _LATE
         try:
+            if job.cancelled.is_set() and self.obeys:
+                raise asyncio.CancelledError
             async with asyncio.timeout(limit):
                 await self.plan(job)
         except TimeoutError:
@@ -470,11 +477,16 @@ class RawWorker:
         cancel = json.loads(message.data)
         self.cancels.append(cancel)
         self._on_event({"event": "cancel", **cancel})
-        for job, task in list(self._running.items()):
-            if (job.request_id, job.attempt) == (cancel["requestId"], cancel["attempt"]):
-                job.cancelled.set()
-                if self.obeys:
-                    task.cancel()
+        key = (cancel["requestId"], cancel["attempt"])
+        meant = [
+            running for running in self._running.items() if (running[0].request_id, running[0].attempt) == key
+        ]
+        for job, task in meant:
+            job.cancelled.set()
+            if self.obeys:
+                task.cancel()
+        if not any((job.request_id, job.attempt) == key for job in self.jobs):
+            self._early.add(key)
         await self._notify()
 
     async def _on_reregister(self, message: Msg) -> None:
