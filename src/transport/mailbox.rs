@@ -70,6 +70,17 @@ impl Postbox {
         self.0.try_send(delivery).is_ok()
     }
 
+    /// Posts the last delivery, once the mailbox has room.
+    pub(super) async fn post_when_read(self, delivery: Delivery) {
+        // The attempt is over: nobody needs it.
+        let _ = self.0.send(delivery).await;
+    }
+
+    /// Returns when nobody waits any more.
+    pub(super) async fn closed(&self) {
+        self.0.closed().await;
+    }
+
     /// Whether another delivery fits now.
     #[must_use]
     pub fn has_room(&self) -> bool {
