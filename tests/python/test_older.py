@@ -257,7 +257,7 @@ async def test_a_failed_attempt_is_repeated_on_another_worker(
 
 
 async def test_a_mixed_fleet_shares_the_work(server: NatsServer, nats_prefix: str) -> None:
-    changes = {"loadBalancing": {"strategy": "round_robin"}}
+    changes: dict[str, Any] = {"loadBalancing": {"strategy": "round_robin"}}
     async with fleet(server, nats_prefix, older=2, newer=2, **changes) as cluster:
         for number in range(8):
             call = cluster.buffered() if number % 2 else read(await cluster.streaming())
