@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::Path;
 
-use mlx_serving_router::error::ControllerErrorCode;
+use mlx_serving_router::error::{ControllerError, ControllerErrorCode};
 use mlx_serving_router::wire::{
     Cancel, Capacity, ControllerNotice, Deregistration, Feature, Finish, Heartbeat, HeartbeatMetrics, InferenceRequest, Json,
-    Phase, Priority, Registration, Reply, Resume, Skills, Token, WorkerId, WorkerStatus, header, subject,
+    Phase, Priority, Registration, Reply, Resume, Skills, Token, WorkerId, WorkerStatus, header, older, subject,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -321,11 +321,71 @@ fn the_older_dialect() {
                 serde_json::from_slice::<Deregistration>(&bytes).unwrap();
                 json!({})
             }
-            "request" => continue, // only ever written, by the transport to these workers
+            "request" => {
+                let expected = case.message.as_ref().unwrap();
+                let mut asked = expected.clone();
+                asked.as_object_mut().unwrap().remove("prompt");
+                asked["messages"] = case.means["messages"].clone();
+                asked["stream"] = json!(false);
+                assert_same(&asked_of_older(&asked).unwrap(), expected, &case.name);
+                let id = WorkerId::new("3f8e1c2a-7d3b-4e7c-9a53-6f0d1b2c3d4e").unwrap();
+                assert_eq!(older::inference(&id), case.on);
+                continue;
+            }
             "token" | "done" | "error" => means(&Reply::decode(&bytes).unwrap()),
             other => panic!("{other}"),
         };
         assert_same(&meant, &case.means, &case.name);
+    }
+}
+
+fn asked_of_older(request: &Value) -> Result<Value, ControllerError> {
+    let id = request["requestId"].as_str().unwrap();
+    let request = InferenceRequest { request_id: "the caller's".into(), ..serde_json::from_str(&request.to_string()).unwrap() };
+    older::request(&request, id).map(|body| serde_json::from_slice(&body).unwrap())
+}
+
+#[test]
+fn what_else_is_asked_stays_in_the_older_dialect() {
+    let asked = case("request.json", "every field").message.unwrap();
+    for (priority, written) in [("normal", None), ("low", Some("low")), ("high", Some("high"))] {
+        let mut asked = asked.clone();
+        asked["priority"] = json!(priority);
+        let mut expected = asked.clone();
+        expected.as_object_mut().unwrap().retain(|key, _| !matches!(key.as_str(), "messages" | "resume" | "priority"));
+        let contents = asked["messages"].as_array().unwrap().iter().map(|message| message["content"].as_str().unwrap());
+        expected["prompt"] = json!(contents.collect::<Vec<_>>().join("\n"));
+        expected["stream"] = json!(true);
+        if let Some(written) = written {
+            expected["priority"] = json!(written);
+        }
+        assert_same(&asked_of_older(&asked).unwrap(), &expected, &priority);
+    }
+    let resumed = json!({"requestId": "r", "modelId": "m", "prompt": "Hello", "resume": {"tokenIds": [1], "text": "a"}});
+    let expected = json!({"requestId": "r", "modelId": "m", "prompt": "Hello", "stream": true});
+    assert_same(&asked_of_older(&resumed).unwrap(), &expected, &"a prompt stays");
+}
+
+fn prompt_of_older(messages: Value) -> Result<Value, ControllerError> {
+    asked_of_older(&json!({"requestId": "r", "modelId": "m", "messages": messages})).map(|body| body["prompt"].clone())
+}
+
+#[test]
+fn messages_become_lines_in_the_older_dialect() {
+    let messages = json!([
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Say \"hi\""}, {"type": "text", "text": " 🙂"}]},
+        {"role": "assistant", "content": null, "tool_calls": []},
+        {"role": "assistant"},
+        {"role": "user", "content": "Now\nthen"},
+    ]);
+    assert_eq!(prompt_of_older(messages).unwrap(), "Be brief.\nSay \"hi\" 🙂\nNow\nthen");
+    for content in [json!([{"type": "image_url", "image_url": {}}]), json!([{"type": "text"}]), json!(7), json!({})] {
+        let messages = json!([{"role": "user", "content": "a secret"}, {"role": "user", "content": content}]);
+        let error = prompt_of_older(messages).unwrap_err();
+        assert_eq!(error.code(), ControllerErrorCode::RequestValidationFailed);
+        assert_eq!(error.context()["field"], "messages[1].content");
+        assert!(!error.to_string().contains("secret"));
     }
 }
 

@@ -1,7 +1,7 @@
 //! One attempt: sent to one worker, under four timers, to its end.
 //!
-//! It promises tokens in order and without gaps, exactly one end, and that the worker is told to stop whenever the attempt
-//! ends before the worker's answer does, be it by being dropped. It knows nothing of other attempts.
+//! It promises tokens in order and without gaps, exactly one end, and that a worker that can be told to stop is told so
+//! whenever the attempt ends before the worker's answer does, be it by being dropped. It knows nothing of other attempts.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -311,9 +311,10 @@ impl Attempt {
         error.or_with("workerId", &self.outgoing.worker)
     }
 
-    /// Tells the worker to stop, if it may still be at it, and lets go of the replies.
+    /// Tells the worker to stop, if it may still be at it and knows the word, and lets go of the replies.
     fn close(&mut self) {
-        if let Stage::Running(_) = std::mem::replace(&mut self.stage, Stage::Over) {
+        let running = matches!(std::mem::replace(&mut self.stage, Stage::Over), Stage::Running(_));
+        if running && !self.outgoing.older {
             self.transport.cancel(&self.outgoing.worker, &self.outgoing.request.request_id, self.outgoing.attempt);
         }
     }

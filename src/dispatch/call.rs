@@ -375,12 +375,15 @@ impl Call {
         );
         let loading = lease.is_loading(&self.request.model_id);
         let timers = self.core.limits.timers(self.mode, loading, self.deadline, now);
+        // It says nothing before its first token.
+        let timers = if lease.is_legacy() { timers.without_accept() } else { timers };
         let outgoing = Outgoing {
             worker,
             request: self.request.clone(),
             attempt: self.attempts,
             timeout: timers.left(now),
             traceparent: self.options.traceparent.clone(),
+            older: lease.is_legacy(),
         };
         let transport = self.core.transport(lease.carrier());
         Attempt::new(transport, lease, outgoing, timers, self.core.cut.clone(), now)

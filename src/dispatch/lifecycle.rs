@@ -118,9 +118,11 @@ impl Lifecycle {
         let transport = NatsTransport::open(connection.clone(), core.id.clone(), grace).await?;
         // Set once: a controller starts once.
         let _ = core.nats.set(Arc::new(transport));
-        let messages = membership::subscribe(&connection).await?;
+        let ears = membership::subscribe(&connection).await?;
         membership::hello(core, &connection).await?;
-        self.spawn(membership::listen(core.clone(), connection.clone(), messages));
+        for ear in ears {
+            self.spawn(membership::listen(core.clone(), connection.clone(), ear));
+        }
         self.spawn(membership::announce(core.clone(), connection.clone()));
         self.spawn(membership::watch_link(core.clone(), connection));
         Ok(())

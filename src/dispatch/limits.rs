@@ -138,6 +138,11 @@ impl Timers {
         }
     }
 
+    /// The same for a worker that does not say when it takes a request.
+    pub(super) fn without_accept(self) -> Self {
+        Self { accept: None, ..self }
+    }
+
     /// The worker gave a sign of itself.
     pub(super) fn heard(&mut self) {
         self.accept = None;

@@ -15,31 +15,45 @@ use crate::transport::LocalPort;
 use crate::transport::nats::{Incoming, Link, NatsConnection, Subscription};
 use crate::wire::{ControllerNotice, Deregistration, Heartbeat, Registration, WorkerStatus, subject};
 
-/// Subscribes to everything that workers say of themselves: one subscription, so that it arrives in order.
-pub(super) async fn subscribe(connection: &NatsConnection) -> Result<Subscription, ControllerError> {
-    let messages = connection.subscribe(subject::membership(connection.prefix())).await?;
+/// Everything that workers say of themselves on the subjects of one prefix: one subscription, so that it arrives in order.
+pub(super) struct Ear {
+    messages: Subscription,
+    prefix: String,
+    /// These are not the fleet's own subjects: only workers of the older dialect, which know no prefix, are heard.
+    older_alone: bool,
+}
+
+/// Subscribes to everything that workers say of themselves.
+pub(super) async fn subscribe(connection: &NatsConnection) -> Result<Vec<Ear>, ControllerError> {
+    let prefix = connection.prefix();
+    let mut ears = vec![Ear::open(connection, prefix, false).await?];
+    if !prefix.is_empty() {
+        ears.push(Ear::open(connection, "", true).await?);
+    }
     // Known to the server before anybody is asked to register.
     connection.flush().await?;
-    Ok(messages)
+    Ok(ears)
 }
 
 /// Hands every message to the registry, until the connection is closed.
-pub(super) async fn listen(core: Arc<Core>, connection: NatsConnection, mut messages: Subscription) {
-    let register = subject::register(connection.prefix());
-    let heartbeat = subject::heartbeat(connection.prefix());
-    let deregister = subject::deregister(connection.prefix());
+pub(super) async fn listen(core: Arc<Core>, connection: NatsConnection, ear: Ear) {
+    let Ear { mut messages, prefix, older_alone } = ear;
+    let register = subject::register(&prefix);
+    let heartbeat = subject::heartbeat(&prefix);
+    let deregister = subject::deregister(&prefix);
     while let Some(message) = messages.next().await {
         let now = Instant::now();
         if message.subject == heartbeat {
-            if let Some(beat) = read::<Heartbeat>(&message) {
-                heard(&core, &connection, &beat, now).await;
+            if let Some(beat) = read::<Heartbeat>(&message).filter(|beat| !older_alone || beat.is_older()) {
+                heard(&core, &connection, beat, now).await;
             }
         } else if message.subject == register {
-            if let Some(registration) = read::<Registration>(&message) {
+            if let Some(registration) = read::<Registration>(&message).filter(|worker| !older_alone || worker.is_older()) {
                 registered(&core, &registration, now);
             }
         } else if message.subject == deregister
             && let Some(gone) = read::<Deregistration>(&message)
+            && (!older_alone || core.router.worker(&gone.worker_id, now).is_some_and(|worker| worker.legacy))
         {
             core.router.deregister(&gone.worker_id, now);
         }
@@ -118,20 +132,31 @@ pub(super) fn attach_local(core: &Arc<Core>, registration: &Registration) -> Res
     }))
 }
 
-async fn heard(core: &Core, connection: &NatsConnection, beat: &Heartbeat, now: Instant) {
-    if beat.incarnation.is_empty() {
-        return; // the older dialect
+// === impl Ear ===
+
+impl Ear {
+    async fn open(connection: &NatsConnection, prefix: &str, older_alone: bool) -> Result<Self, ControllerError> {
+        let messages = connection.subscribe(subject::membership(prefix)).await?;
+        Ok(Self { messages, prefix: prefix.to_owned(), older_alone })
+    }
+}
+
+async fn heard(core: &Core, connection: &NatsConnection, mut beat: Heartbeat, now: Instant) {
+    if beat.is_older() {
+        // It knows our requests by other names.
+        beat.active_request_ids = None;
     }
     let is_ours = |id: &str| core.requests.is_active(id);
-    if core.router.heartbeat(beat, &is_ours, now) == HeartbeatVerdict::Unknown {
+    // One of the older dialect is never unknown: it is registered with what its heartbeat says.
+    if core.router.heartbeat(&beat, &is_ours, now) == HeartbeatVerdict::Unknown {
         let _ = connection.publish(subject::reregister(connection.prefix(), &beat.worker_id), Bytes::new()).await;
     }
 }
 
 fn registered(core: &Core, registration: &Registration, now: Instant) {
     let worker_id = registration.worker_id.as_str();
-    if registration.protocol.is_none() || registration.incarnation.is_empty() {
-        tracing::warn!(worker_id, "a worker of the older dialect registered; this version does not speak it, and leaves it out");
+    if !registration.is_older() && registration.incarnation.is_empty() {
+        tracing::warn!(worker_id, "a worker without incarnation registered, and is left out: each start has to have its own");
         return;
     }
     if let Registered::Ignored(IgnoredBecause::FleetFull) = core.router.register(registration, Carrier::Nats, now) {

@@ -198,7 +198,13 @@ impl Registry {
         let foreign = foreign.unwrap_or_else(|| heartbeat.metrics.active_requests.saturating_sub(own));
         worker.load.report_foreign(foreign, self.settings.heartbeat_interval * REPORT_LIFETIME, now);
         effects.room |= worker.load.total(now) < before;
-        self.hear(&worker, now, effects, |live| live.update(heartbeat));
+        let is_more = self.hear(&worker, now, effects, |live| {
+            live.update(heartbeat);
+            // It registers at its start only, if we heard it at all: what it has loaded since, it serves.
+            worker.legacy && live.serve_too(&heartbeat.metrics.models_loaded)
+        });
+        self.version += u64::from(is_more);
+        effects.room |= is_more;
         HeartbeatVerdict::Taken
     }
 
@@ -267,10 +273,12 @@ impl Registry {
                 rested.push(worker.clone());
             }
             if let Some(at) = live.deregistered {
+                let late = now.saturating_duration_since(at) >= DRAIN_LIMIT;
                 // One without incarnations would come back with its next heartbeat: it is watched until it is silent.
-                let idle = worker.load.own() == 0 && (!worker.legacy || silence >= timeout);
-                if idle || now.saturating_duration_since(at) >= DRAIN_LIMIT {
+                if (late || worker.load.own() == 0) && (!worker.legacy || silence >= timeout) {
                     over.push(worker.id.clone());
+                } else if late {
+                    effects.gone.push(live.gone.clone());
                 }
             } else if let Some(at) = live.offline {
                 if now.saturating_duration_since(at) >= timeout * FORGOTTEN_AFTER {

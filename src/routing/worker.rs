@@ -43,6 +43,9 @@ pub(super) enum Standing {
     Offline,
 }
 
+/// A worker that names more models than this, one heartbeat after the other, is not believed.
+const MODELS_FROM_HEARTBEATS: usize = 1024;
+
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) id: WorkerId,
@@ -130,7 +133,7 @@ impl Worker {
             incarnation: registration.incarnation.as_str().into(),
             serial,
             carrier,
-            legacy: registration.protocol.is_none(),
+            legacy: registration.is_older(),
             seat: rendezvous::seat(&id),
             weight: settings.weights.get(id.as_str()).copied().unwrap_or(1.0),
             load: Load::new(live.capacity.max_concurrent, now),
@@ -240,6 +243,17 @@ impl Live {
         self.memory_used_gb = heartbeat.metrics.memory_used_gb;
         self.queue_depth = heartbeat.queue_depth;
         self.tokens_generated = heartbeat.tokens_generated;
+    }
+
+    /// Models that it turned out to serve. Whether one of them was not known.
+    pub(super) fn serve_too(&mut self, models: &[String]) -> bool {
+        let known = self.models.len();
+        for model in models {
+            if self.models.len() < MODELS_FROM_HEARTBEATS && !self.models.iter().any(|known| **known == **model) {
+                self.models.push(model.as_str().into());
+            }
+        }
+        self.models.len() > known
     }
 
     /// It gave a sign of life. After it had been offline, this is a new presence.

@@ -98,6 +98,11 @@ impl Postbox {
         }
     }
 
+    /// Returns when nobody waits any more.
+    pub(super) async fn closed(&self) {
+        self.sender.closed().await;
+    }
+
     /// Whether another delivery fits now.
     #[must_use]
     pub fn has_room(&self) -> bool {

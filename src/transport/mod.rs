@@ -31,6 +31,8 @@ pub struct Outgoing {
     pub timeout: Duration,
     /// The caller's W3C trace context.
     pub traceparent: Option<Arc<str>>,
+    /// The worker speaks the older dialect: it cannot be told to stop.
+    pub older: bool,
 }
 
 /// A carrier of attempts.

@@ -202,6 +202,26 @@ pub struct ControllerNotice {
     pub timestamp: u64,
 }
 
+// === impl Registration ===
+
+impl Registration {
+    /// Whether it is of the older dialect.
+    #[must_use]
+    pub fn is_older(&self) -> bool {
+        self.protocol.is_none()
+    }
+}
+
+// === impl Heartbeat ===
+
+impl Heartbeat {
+    /// Whether it is of the older dialect.
+    #[must_use]
+    pub fn is_older(&self) -> bool {
+        self.incarnation.is_empty()
+    }
+}
+
 // === impl WorkerStatus ===
 
 impl WorkerStatus {

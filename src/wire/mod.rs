@@ -5,6 +5,7 @@
 
 mod json;
 mod membership;
+pub mod older;
 mod reply;
 mod request;
 pub mod subject;

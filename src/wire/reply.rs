@@ -142,11 +142,23 @@ impl Reply {
     /// # Errors
     /// It is no JSON object of one of the five types, or lacks what its type needs.
     pub fn decode(bytes: &[u8]) -> Result<Self, Undecodable> {
+        Self::read(bytes, None)
+    }
+
+    /// Reads a message of a worker that may leave out the index of a token: then it is `next`, the one that is due.
+    ///
+    /// # Errors
+    /// As [`Self::decode`], but for the index.
+    pub fn decode_older(bytes: &[u8], next: u64) -> Result<Self, Undecodable> {
+        Self::read(bytes, Some(next))
+    }
+
+    fn read(bytes: &[u8], next: Option<u64>) -> Result<Self, Undecodable> {
         let message: Message<'_> = serde_json::from_slice(bytes).map_err(|_| Undecodable("the message is no reply"))?;
         match &*message.kind {
             "token" => Ok(Self::Token(Token {
                 text: message.token.ok_or(Undecodable("a token message without token"))?.into_owned(),
-                index: message.index.ok_or(Undecodable("a token message without index"))?,
+                index: message.index.or(next).ok_or(Undecodable("a token message without index"))?,
                 token_ids: message.token_ids.unwrap_or_default(),
                 logprobs: message.logprobs,
             })),
@@ -328,6 +340,18 @@ mod tests {
         ] {
             assert_eq!(Reply::decode(&reply.encode("r-1")), Ok(reply));
         }
+    }
+
+    #[test]
+    fn an_index_may_be_left_out_by_older_workers_alone() {
+        let index = |said: &str| match Reply::decode_older(said.as_bytes(), 7) {
+            Ok(Reply::Token(token)) => Some(token.index),
+            _ => None,
+        };
+        assert_eq!(index(r#"{"type":"token","token":"x"}"#), Some(7));
+        assert_eq!(index(r#"{"type":"token","token":"x","index":null}"#), Some(7));
+        assert_eq!(index(r#"{"type":"token","token":"x","index":2}"#), Some(2));
+        assert_eq!(index(r#"{"type":"token"}"#), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 mod admission;
 mod failures;
 mod lifecycle;
+mod older;
 mod success;
 mod timeouts;
 

@@ -322,12 +322,7 @@ class RawWorker:
             max_reconnect_attempts=-1,
             error_cb=self._ignore,
         )
-        for subject, handler in (
-            (f"{self.prefix}inference.{self.worker_id}", self._on_request),
-            (f"{self.prefix}cancel.{self.worker_id}", self._on_cancel),
-            (f"{self.prefix}worker.{self.worker_id}.reregister", self._on_reregister),
-            (f"{self.prefix}controller.hello", self._on_hello),
-        ):
+        for subject, handler in self.subjects():
             if self.listens or handler != self._on_request:
                 await self.client.subscribe(subject, cb=handler)
         await self.client.flush()
@@ -353,6 +348,19 @@ class RawWorker:
         assert transport is not None
         transport._io_writer.transport.abort()  # type: ignore[attr-defined]
         self._let_go(but=asyncio.current_task())
+
+    def subjects(self) -> list[tuple[str, Callable[[Msg], Awaitable[None]]]]:
+        """Where it listens, and what it does there."""
+        return [
+            (f"{self.prefix}inference.{self.worker_id}", self._on_request),
+            (f"{self.prefix}cancel.{self.worker_id}", self._on_cancel),
+            (f"{self.prefix}worker.{self.worker_id}.reregister", self._on_reregister),
+            (f"{self.prefix}controller.hello", self._on_hello),
+        ]
+
+    def job(self, message: Msg) -> Job:
+        """An attempt, as it reached it."""
+        return Job(self, message)
 
     def registration(self) -> dict[str, Any]:
         return {
@@ -442,7 +450,7 @@ class RawWorker:
                     await self.beat()
 
     async def _on_request(self, message: Msg) -> None:
-        job = Job(self, message)
+        job = self.job(message)
         if (key := (job.request_id, job.attempt)) in self._early:
             self._early.remove(key)
             job.cancelled.set()

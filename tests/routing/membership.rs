@@ -248,6 +248,42 @@ fn a_worker_of_the_older_dialect_is_known_by_its_heartbeats() {
 }
 
 #[test]
+fn a_worker_of_the_older_dialect_serves_what_it_loads_later() {
+    let mut world = World::new();
+    let mut older = heartbeat("old", "", 0);
+    world.beat(&older);
+    assert_eq!(world.select().unwrap_err(), Refusal::ModelNotFound);
+    older.metrics.models_loaded = vec!["m".into()];
+    world.beat(&older);
+    assert_eq!(world.select().unwrap().worker_id().as_str(), "old");
+    older.metrics.models_loaded.clear();
+    world.pass(1_000);
+    world.beat(&older);
+    assert!(world.select().is_ok(), "what it has unloaded it can load again");
+    assert_eq!(world.worker("old").models, ["m"]);
+}
+
+#[test]
+fn a_worker_of_the_older_dialect_that_left_stays_away_while_it_still_beats() {
+    let mut world = World::new();
+    let mut older = heartbeat("old", "", 0);
+    older.metrics.models_loaded = vec!["m".into()];
+    world.beat(&older);
+    let lease = world.select().unwrap();
+    world.router.deregister(&id("old"), world.now);
+    for _ in 0..12 {
+        assert!(!lease.gone().is_cancelled(), "its requests have 60 s to finish");
+        world.pass(5_000);
+        world.beat(&older);
+        world.router.expire(world.now);
+    }
+    assert!(lease.gone().is_cancelled());
+    drop(lease);
+    world.pass(5_000);
+    assert_eq!((world.beat(&older), world.router.online()), (HeartbeatVerdict::Ignored, 0));
+}
+
+#[test]
 fn the_observer_may_use_the_router() {
     let known: Arc<OnceLock<Arc<Router>>> = Arc::default();
     let inside = known.clone();

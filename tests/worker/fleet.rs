@@ -65,6 +65,7 @@ impl Fleet {
             attempt: 1,
             timeout: Duration::from_secs(60),
             traceparent: None,
+            older: false,
         };
         self.transport.send(outgoing).await.unwrap()
     }

@@ -56,8 +56,14 @@ impl Local {
     }
 
     async fn ask(&self, request: InferenceRequest, attempt: u32, timeout: Duration) -> Mailbox {
-        let outgoing =
-            Outgoing { worker: self.worker.id().clone(), request: Arc::new(request), attempt, timeout, traceparent: None };
+        let outgoing = Outgoing {
+            worker: self.worker.id().clone(),
+            request: Arc::new(request),
+            attempt,
+            timeout,
+            traceparent: None,
+            older: false,
+        };
         self.hub.send(outgoing).await.unwrap()
     }
 

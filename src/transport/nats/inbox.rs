@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::connection::{Incoming, NatsConnection, Subscription};
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::{Delivery, Mailbox, Postbox, mailbox};
-use crate::wire::Reply;
+use crate::wire::{Reply, Undecodable};
 
 /// The waiting attempts of one controller.
 #[derive(Debug)]
@@ -60,18 +60,14 @@ impl Inbox {
 
     /// A new entry: the subject for the replies, and the mailbox that they reach.
     pub(super) fn enter(self: &Arc<Self>) -> (String, Mailbox) {
-        let (postbox, mailbox) = mailbox();
-        if self.silent.load(Ordering::Relaxed) {
-            postbox.post(Delivery::Disturbed);
-        }
-        let generation = self.generation.fetch_add(1, Ordering::Relaxed);
-        let slot = self.entries.lock().insert(Entry { generation, postbox });
-        let subject = format!("{}{slot}-{generation}", self.prefix);
-        let inbox = Arc::clone(self);
-        let mailbox = mailbox.on_drop(move || {
-            inbox.entries.lock().try_remove(slot);
-        });
-        (subject, mailbox)
+        let (slot, generation, _, mailbox) = self.open_entry();
+        (format!("{}{slot}-{generation}", self.prefix), mailbox)
+    }
+
+    /// A new entry whose replies come another way: the way into its mailbox, and the mailbox.
+    pub(super) fn admit(self: &Arc<Self>) -> (Postbox, Mailbox) {
+        let (_, _, postbox, mailbox) = self.open_entry();
+        (postbox, mailbox)
     }
 
     /// Hands every reply to its attempt, until the connection is closed.
@@ -137,16 +133,7 @@ impl Inbox {
                     .with("noResponders", true),
             )
         } else {
-            match Reply::decode(&message.payload) {
-                Ok(reply) => Delivery::Reply(reply),
-                Err(error) => Delivery::Failed(
-                    ControllerError::new(
-                        ControllerErrorCode::WorkerUnavailable,
-                        format!("the worker broke the protocol: {error}"),
-                    )
-                    .with("protocolError", error.to_string()),
-                ),
-            }
+            read(Reply::decode(&message.payload))
         };
         if !postbox.post(delivery) {
             self.late.fetch_add(1, Ordering::Relaxed);
@@ -159,10 +146,35 @@ impl Inbox {
         }
     }
 
+    fn open_entry(self: &Arc<Self>) -> (usize, u64, Postbox, Mailbox) {
+        let (postbox, mailbox) = mailbox();
+        if self.silent.load(Ordering::Relaxed) {
+            postbox.post(Delivery::Disturbed);
+        }
+        let generation = self.generation.fetch_add(1, Ordering::Relaxed);
+        let slot = self.entries.lock().insert(Entry { generation, postbox: postbox.clone() });
+        let inbox = Arc::clone(self);
+        let mailbox = mailbox.on_drop(move || {
+            inbox.entries.lock().try_remove(slot);
+        });
+        (slot, generation, postbox, mailbox)
+    }
+
     fn find(&self, subject: &str) -> Option<Postbox> {
         let (slot, generation) = subject.strip_prefix(&self.prefix)?.split_once('-')?;
         let (slot, generation) = (slot.parse().ok()?, generation.parse::<u64>().ok()?);
         let entries = self.entries.lock();
         entries.get(slot).filter(|entry| entry.generation == generation).map(|entry| entry.postbox.clone())
+    }
+}
+
+/// What a message means to the attempt that it answers.
+pub(super) fn read(reply: Result<Reply, Undecodable>) -> Delivery {
+    match reply {
+        Ok(reply) => Delivery::Reply(reply),
+        Err(error) => Delivery::Failed(
+            ControllerError::new(ControllerErrorCode::WorkerUnavailable, format!("the worker broke the protocol: {error}"))
+                .with("protocolError", error.to_string()),
+        ),
     }
 }

@@ -4,6 +4,7 @@
 
 mod connection;
 mod inbox;
+mod older;
 mod service;
 
 use std::sync::Arc;
@@ -81,14 +82,13 @@ impl NatsTransport {
     }
 
     async fn publish(&self, outgoing: Outgoing) -> Result<Mailbox, ControllerError> {
+        self.wait_for_server().await;
+        if outgoing.older {
+            return older::publish(&self.connection, &self.inbox, &outgoing).await;
+        }
         let payload = serde_json::to_vec(&*outgoing.request).map_err(|error| {
             ControllerError::new(ControllerErrorCode::InternalError, format!("cannot encode the request: {error}"))
         })?;
-        if !self.connection.is_connected() && !self.grace.is_zero() {
-            let mut link = self.connection.link();
-            // Still down after it: the publish below says so.
-            let _ = tokio::time::timeout(self.grace, link.wait_for(|link| link.connected)).await;
-        }
         let mut headers = HeaderMap::new();
         headers.insert(header::REQUEST_ID, header_value(&outgoing.request.request_id)?);
         headers.insert(header::ATTEMPT, outgoing.attempt.to_string());
@@ -103,6 +103,15 @@ impl NatsTransport {
         let to = subject::inference(self.connection.prefix(), &outgoing.worker);
         self.connection.publish_request(to, reply, headers, Bytes::from(payload)).await?;
         Ok(mailbox)
+    }
+
+    /// Gives another server the time that it may take, while the connection is down.
+    async fn wait_for_server(&self) {
+        if !self.connection.is_connected() && !self.grace.is_zero() {
+            let mut link = self.connection.link();
+            // Still down after it: publishing says so.
+            let _ = tokio::time::timeout(self.grace, link.wait_for(|link| link.connected)).await;
+        }
     }
 }
 
