@@ -288,6 +288,7 @@ impl Call {
             session_id: self.request.session_id.as_deref(),
             exclude,
             worker_id: self.options.worker_id.as_deref(),
+            prompt: None,
         }
     }
 

@@ -223,7 +223,7 @@ impl PyRouter {
         let now = Instant::now();
         self.expire(now);
         let exclude = exclude.iter().map(|name| worker_id(name)).collect::<PyResult<Vec<_>>>()?;
-        let query = Query { model_id, session_id, exclude: &exclude, worker_id: None };
+        let query = Query { model_id, session_id, exclude: &exclude, worker_id: None, prompt: None };
         let lease = errors::unwrap(py, self.router.select(&query, now).map_err(|refusal| refused(model_id, refusal)))?;
         Ok(PyLease {
             worker_id: lease.worker_id().clone(),
