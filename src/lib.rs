@@ -18,6 +18,7 @@
 pub mod config;
 pub mod dispatch;
 pub mod error;
+mod fnv;
 pub mod openai;
 #[cfg(feature = "python")]
 mod python;

@@ -8,7 +8,7 @@ use std::path::Path;
 use mlx_serving_router::error::{ControllerError, ControllerErrorCode};
 use mlx_serving_router::wire::{
     Cancel, Capacity, ControllerNotice, Deregistration, Feature, Finish, Heartbeat, HeartbeatMetrics, InferenceRequest, Json,
-    Phase, Priority, Registration, Reply, Resume, Skills, Token, WorkerId, WorkerStatus, header, older, subject,
+    Phase, PrefixHashes, Priority, Registration, Reply, Resume, Skills, Token, WorkerId, WorkerStatus, header, older, subject,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -205,9 +205,20 @@ fn heartbeats() {
         tokens_generated: 81_234,
         phase: Phase::Ready,
         loading_models: vec![],
-        cached_prefixes: vec!["5f3a".into()],
+        cached_prefixes: vec!["f7277613608874dd".into()],
     };
     assert_eq!(case("heartbeat.json", "every field").there_and_back::<Heartbeat>(), expected);
+}
+
+#[test]
+fn what_prompts_begin_with() {
+    for case in cases("prefixes.json") {
+        let request: InferenceRequest = serde_json::from_slice(&case.bytes()).unwrap();
+        let prefixes = PrefixHashes::of(&request);
+        let hashes: Vec<_> = prefixes.hashes().iter().map(|hash| format!("{hash:016x}")).collect();
+        assert_eq!(json!({"bytes": prefixes.bytes(), "hashes": hashes}), case.means, "{}", case.name);
+        assert!(hashes.iter().zip(prefixes.hashes()).all(|(text, hash)| PrefixHashes::parse(text) == Some(*hash)));
+    }
 }
 
 #[test]

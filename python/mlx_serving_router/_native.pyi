@@ -817,6 +817,7 @@ class Router:
         exclude: Sequence[str] = (),
         *,
         explain: bool = False,
+        prompt: str | None = None,
     ) -> Lease:
         """Choose a worker and take a place on it.
 
@@ -825,6 +826,8 @@ class Router:
             session_id: The conversation that the request belongs to.
             exclude: Workers that failed this request.
             explain: Whether the lease says who was left out, and why.
+            prompt: What will be asked, as one text; only the strategy `prefix_aware` looks at it, and keeps hashes
+                alone.
 
         Raises:
             ControllerError: NO_WORKERS_AVAILABLE, MODEL_NOT_FOUND, NO_HEALTHY_WORKERS, or QUEUE_FULL where all are
@@ -849,10 +852,11 @@ class Lease:
     def worker_id(self) -> str:
         """Who takes the request."""
     @property
-    def choice(self) -> Literal["strategy", "affinity", "rendezvous"]:
+    def choice(self) -> Literal["strategy", "prefix", "affinity", "rendezvous"]:
         """What decided for this worker.
 
-        `affinity`: the session belongs to it; `rendezvous`: a new session, or its worker cannot take the request.
+        `prefix`: it most likely holds most of the prompt in its cache; `affinity`: the session belongs to it;
+        `rendezvous`: a new session, or its worker cannot take the request.
         """
     @property
     def left_out(self) -> list[LeftOut] | None:

@@ -22,13 +22,15 @@ use crate::error::{ControllerError, ControllerErrorCode};
 use crate::routing::{Choice, Lease, Query, Refusal};
 use crate::telemetry::{LeftOut, RequestMetadata, RequestRecord};
 use crate::transport::Outgoing;
-use crate::wire::{Finish, InferenceRequest, Json, WorkerId};
+use crate::wire::{Finish, InferenceRequest, Json, PrefixHashes, WorkerId};
 
 /// An active request.
 pub(super) struct Call {
     core: Arc<Core>,
     mode: Mode,
     request: Arc<InferenceRequest>,
+    /// What the prompt begins with, where the strategy asks for it.
+    prompt: Option<PrefixHashes>,
     options: CallOptions,
     deadline: Deadline,
     started: Instant,
@@ -92,6 +94,7 @@ impl Call {
             deadline,
             started,
             asked_model: request.model_id.as_str().into(),
+            prompt: core.router.wants_prefixes().then(|| PrefixHashes::of(&request)),
             request,
             fallbacks: 0,
             attempts: 0,
@@ -328,6 +331,7 @@ impl Call {
             session_id: self.request.session_id.as_deref(),
             exclude,
             worker_id: self.options.worker_id.as_deref(),
+            prompt: self.prompt.as_ref(),
         }
     }
 
@@ -423,6 +427,7 @@ impl Call {
         let Some(next) = self.next_fallback().cloned() else { return false };
         self.fallbacks += 1;
         let request = InferenceRequest { model_id: next, ..(*self.request).clone() };
+        self.prompt = self.prompt.take().map(|_| PrefixHashes::of(&request));
         self.request = Arc::new(request);
         // That one model could not be loaded says nothing about another.
         self.failed.retain(|failed| failed.code != ControllerErrorCode::ModelLoadFailed);

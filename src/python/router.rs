@@ -15,7 +15,9 @@ use super::fleet::{self, PyWorkerInfo};
 use super::{errors, json};
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::routing::{Carrier, Lease, LeftOut, Outcome, Query, Refusal, Registered, Router, RouterSettings};
-use crate::wire::{Capacity, Heartbeat, HeartbeatMetrics, PROTOCOL, Phase, Registration, Skills, WorkerId, WorkerStatus};
+use crate::wire::{
+    Capacity, Heartbeat, HeartbeatMetrics, PROTOCOL, Phase, PrefixHashes, Registration, Skills, WorkerId, WorkerStatus,
+};
 
 /// How often a selection also does what is due by the clock.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
@@ -207,11 +209,12 @@ impl PyRouter {
     ///     session_id: The conversation that the request belongs to.
     ///     exclude: Workers that failed this request.
     ///     explain: Whether the lease says who was left out, and why.
+    ///     prompt: What will be asked, as one text; only the strategy `prefix_aware` looks at it, and keeps hashes alone.
     ///
     /// Raises:
     ///     ControllerError: NO_WORKERS_AVAILABLE, MODEL_NOT_FOUND, NO_HEALTHY_WORKERS, or QUEUE_FULL where all are full.
-    #[pyo3(signature = (model_id, session_id=None, exclude=Vec::new(), *, explain=false),
-        text_signature = "($self, model_id, session_id=None, exclude=(), *, explain=False)")]
+    #[pyo3(signature = (model_id, session_id=None, exclude=Vec::new(), *, explain=false, prompt=None),
+        text_signature = "($self, model_id, session_id=None, exclude=(), *, explain=False, prompt=None)")]
     fn select(
         &self,
         py: Python<'_>,
@@ -219,11 +222,13 @@ impl PyRouter {
         session_id: Option<&str>,
         exclude: Vec<String>,
         explain: bool,
+        prompt: Option<&str>,
     ) -> PyResult<PyLease> {
         let now = Instant::now();
         self.expire(now);
         let exclude = exclude.iter().map(|name| worker_id(name)).collect::<PyResult<Vec<_>>>()?;
-        let query = Query { model_id, session_id, exclude: &exclude, worker_id: None };
+        let prompt = prompt.filter(|_| self.router.wants_prefixes()).map(|text| PrefixHashes::of_prompt(model_id, text));
+        let query = Query { model_id, session_id, exclude: &exclude, worker_id: None, prompt: prompt.as_ref() };
         let lease = errors::unwrap(py, self.router.select(&query, now).map_err(|refusal| refused(model_id, refusal)))?;
         Ok(PyLease {
             worker_id: lease.worker_id().clone(),
@@ -278,8 +283,8 @@ impl PyLease {
         &self.worker_id
     }
 
-    /// What decided for this worker: `strategy`, `affinity` (the session belongs to it) or `rendezvous` (a new session, or
-    /// its worker cannot take the request).
+    /// What decided for this worker: `strategy`, `prefix` (it most likely holds most of the prompt in its cache), `affinity`
+    /// (the session belongs to it) or `rendezvous` (a new session, or its worker cannot take the request).
     #[getter]
     fn choice(&self) -> &'static str {
         self.choice

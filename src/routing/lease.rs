@@ -16,7 +16,7 @@ use super::selection::{LeftOut, Query};
 use super::sessions::Binding;
 use super::worker::{Carrier, Worker};
 use crate::error::{BreakerEffect, ControllerErrorCode};
-use crate::wire::{Feature, WorkerId};
+use crate::wire::{Feature, PrefixHashes, WorkerId};
 
 /// How an attempt ended, as far as the worker is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +34,8 @@ pub enum Outcome {
 pub enum Choice {
     /// By the strategy.
     Strategy,
+    /// By `prefix_aware`: it most likely holds most of the prompt in its cache.
+    Prefix,
     /// The session belongs to it.
     Affinity,
     /// By rendezvous hashing: the session is new, or its worker cannot take the request.
@@ -53,6 +55,8 @@ pub struct Lease {
     progress: Mutex<Progress>,
     /// The session that moves here with a success, and from whom.
     moves: Option<Box<(Box<str>, Binding)>>,
+    /// What the worker holds in its cache once it has begun to answer.
+    prompt: Option<PrefixHashes>,
 }
 
 #[derive(Debug)]
@@ -67,7 +71,7 @@ impl Lease {
     /// The caller has taken a place in the worker's load.
     pub(super) fn new(router: Arc<Router>, worker: Arc<Worker>, gone: CancellationToken, choice: Choice, now: Instant) -> Self {
         let progress = Mutex::new(Progress { permit: None, first_token: false });
-        Self { router, worker, gone, choice, since: now, progress, moves: None }
+        Self { router, worker, gone, choice, since: now, progress, moves: None, prompt: None }
     }
 
     /// The breaker let the request through.
@@ -78,6 +82,11 @@ impl Lease {
     /// A success moves this session here.
     pub(super) fn moves_with_success(&mut self, session: &str, from: Binding) {
         self.moves = Some(Box::new((session.into(), from)));
+    }
+
+    /// The worker will hold this prompt in its cache.
+    pub(super) fn teaches(&mut self, prompt: &PrefixHashes) {
+        self.prompt = Some(prompt.clone());
     }
 
     pub(super) fn worker(&self) -> &Arc<Worker> {
@@ -153,6 +162,13 @@ impl Lease {
             }
         };
         self.router.tell_breaker(&self.worker, transition);
+        self.teach(now);
+    }
+
+    fn teach(&self, now: Instant) {
+        if let Some(prompt) = &self.prompt {
+            self.router.learn(prompt.hashes().iter().copied(), self.worker.serial, now);
+        }
     }
 
     /// The worker asked to be left alone for so long: until then it has no room for anybody.
@@ -171,7 +187,10 @@ impl Lease {
             Outcome::Ignored => Verdict::Effect(BreakerEffect::Ignored),
         };
         match verdict {
-            Verdict::Success if !first_token => self.worker.load.observe(now.saturating_duration_since(self.since), now),
+            Verdict::Success if !first_token => {
+                self.worker.load.observe(now.saturating_duration_since(self.since), now);
+                self.teach(now);
+            }
             Verdict::Effect(BreakerEffect::Failure | BreakerEffect::RateOnly) => self.worker.load.observe_failure(now),
             _ => {}
         }
@@ -208,6 +227,7 @@ impl Choice {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Strategy => "strategy",
+            Self::Prefix => "prefix",
             Self::Affinity => "affinity",
             Self::Rendezvous => "rendezvous",
             Self::Named => "named",

@@ -9,6 +9,7 @@
 //! | `worker`, `load` | one life of one worker: its standing, its requests in flight, its speed |
 //! | `breaker/` | whether a worker that failed is left alone |
 //! | `sessions`, `rendezvous` | which worker a session belongs to |
+//! | `prefixes` | which workers most likely hold which prompts in their caches |
 //! | `selection` | who gets a request, or why nobody does |
 //! | `strategy/` | which of the candidates is taken |
 //!
@@ -21,6 +22,7 @@ mod fleet;
 mod history;
 mod lease;
 mod load;
+mod prefixes;
 mod registry;
 mod rendezvous;
 mod router;

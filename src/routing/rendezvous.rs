@@ -7,10 +7,11 @@
 //! controllers; a change of it moves sessions while versions are mixed.
 
 use super::dice::mix;
+use crate::fnv;
 
 /// The share of a name in a score: that of a session as it is, that of a worker by [`seat`].
 pub(super) fn fnv(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+    fnv::add(fnv::START, name.as_bytes())
 }
 
 /// A worker's share of its scores; worth keeping.

@@ -14,12 +14,14 @@ use super::breaker::{BreakerReason, BreakerStats, CircuitState, Transition};
 use super::dice::Dice;
 use super::event::{Observer, RouterEvent};
 use super::fleet::Fleet;
+use super::prefixes::{FORGOTTEN_AFTER, Held, MOST_PREFIXES, PrefixIndex};
 use super::registry::{Effects, HeartbeatVerdict, Registered, Registry};
 use super::sessions::{Binding, Sessions};
 use super::settings::RouterSettings;
 use super::snapshot::WorkerSnapshot;
 use super::worker::{Carrier, Worker};
-use crate::wire::{Heartbeat, Registration, WorkerId};
+use crate::config::Strategy;
+use crate::wire::{Heartbeat, PrefixHashes, Registration, WorkerId};
 
 /// The deciding core: who is in the fleet, and who gets a request.
 pub struct Router {
@@ -31,6 +33,8 @@ pub struct Router {
     version: AtomicU64,
     fleet: ArcSwap<Fleet>,
     sessions: Mutex<Sessions>,
+    /// Empty under every strategy but `prefix_aware`.
+    prefixes: Mutex<PrefixIndex>,
     /// How often a failure rate opened a breaker, and how often that had been when none was open by it any more. Equal:
     /// none is.
     rate_openings: AtomicU64,
@@ -38,6 +42,9 @@ pub struct Router {
     capacity_freed: Notify,
     membership: watch::Sender<usize>,
 }
+
+/// What a heartbeat names beyond this is ignored.
+const MOST_CACHED_PREFIXES: usize = 256;
 
 // === impl Router ===
 
@@ -53,6 +60,7 @@ impl Router {
             version: AtomicU64::new(0),
             fleet: ArcSwap::default(),
             sessions: Mutex::new(Sessions::new(settings.session_ttl, settings.max_sessions)),
+            prefixes: Mutex::new(PrefixIndex::new(MOST_PREFIXES, FORGOTTEN_AFTER)),
             rate_openings: AtomicU64::new(0),
             rate_settled: AtomicU64::new(0),
             capacity_freed: Notify::new(),
@@ -73,7 +81,11 @@ impl Router {
             let foreign = ids.iter().filter(|id| !is_ours(id)).count();
             u32::try_from(foreign).unwrap_or(u32::MAX)
         });
-        self.with_registry(|registry, effects| registry.heartbeat(heartbeat, foreign, now, effects))
+        let verdict = self.with_registry(|registry, effects| registry.heartbeat(heartbeat, foreign, now, effects));
+        if verdict == HeartbeatVerdict::Taken && self.wants_prefixes() && !heartbeat.cached_prefixes.is_empty() {
+            self.take_prefixes(heartbeat, now);
+        }
+        verdict
     }
 
     /// A worker wants nothing new. Its running requests finish; then, or after 60 s, it is forgotten.
@@ -101,6 +113,7 @@ impl Router {
     pub fn expire(&self, now: Instant) {
         self.with_registry(|registry, effects| registry.expire(now, effects));
         self.sessions.lock().expire(now);
+        self.prefixes.lock().expire(now);
         let mut reopened = false;
         let mut open_by_rate = false;
         let openings = self.rate_openings.load(Ordering::SeqCst);
@@ -194,6 +207,32 @@ impl Router {
     #[must_use]
     pub fn membership(&self) -> watch::Receiver<usize> {
         self.membership.subscribe()
+    }
+
+    /// Whether [`Query::prompt`](super::Query::prompt) makes a difference: hashing a prompt is work.
+    #[must_use]
+    pub fn wants_prefixes(&self) -> bool {
+        self.settings.strategy == Strategy::PrefixAware
+    }
+
+    /// Who most likely holds something of a prompt.
+    pub(super) fn holders(&self, prompt: &PrefixHashes, now: Instant) -> Vec<Held> {
+        self.prefixes.lock().find(prompt.hashes(), now)
+    }
+
+    /// A worker holds the prefixes with these hashes.
+    pub(super) fn learn(&self, hashes: impl IntoIterator<Item = u64>, serial: u64, now: Instant) {
+        self.prefixes.lock().learn(hashes, serial, now);
+    }
+
+    /// Learns what a heartbeat names. What it leaves out may still be there: it has room for some hashes only.
+    fn take_prefixes(&self, heartbeat: &Heartbeat, now: Instant) {
+        let fleet = self.fleet();
+        let worker = fleet.workers.get(&heartbeat.worker_id);
+        if let Some(worker) = worker.filter(|worker| *worker.incarnation == *heartbeat.incarnation) {
+            let named = heartbeat.cached_prefixes.iter().take(MOST_CACHED_PREFIXES);
+            self.learn(named.filter_map(|text| PrefixHashes::parse(text)), worker.serial, now);
+        }
     }
 
     pub(super) fn settings(&self) -> &RouterSettings {

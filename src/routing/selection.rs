@@ -12,9 +12,10 @@ use super::fleet::{Candidates, Fleet, Model, WarmUp};
 use super::lease::{Choice, Lease};
 use super::router::Router;
 use super::sessions::Binding;
+use super::strategy::Caches;
 use super::worker::{Standing, Worker};
 use super::{rendezvous, strategy};
-use crate::wire::WorkerId;
+use crate::wire::{PrefixHashes, WorkerId};
 
 /// What a worker is wanted for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,6 +28,8 @@ pub struct Query<'a> {
     pub exclude: &'a [WorkerId],
     /// The worker that the caller wants, and no other; the rest is then only checked.
     pub worker_id: Option<&'a str>,
+    /// What the prompt begins with; only `prefix_aware` looks at it. See [`Router::wants_prefixes`].
+    pub prompt: Option<&'a PrefixHashes>,
 }
 
 /// Why nobody was chosen.
@@ -89,10 +92,15 @@ impl Router {
     /// tried (only with a non-empty `exclude`, and then before the others), every breaker refuses, everybody is full.
     pub fn select(self: &Arc<Self>, query: &Query<'_>, now: Instant) -> Result<Lease, Refusal> {
         if let Some(id) = query.worker_id {
-            return self.select_named(id, query.model_id, now);
+            let mut lease = self.select_named(id, query.model_id, now)?;
+            self.will_teach(&mut lease, query);
+            return Ok(lease);
         }
         let session = query.session_id.filter(|_| self.settings().session_affinity);
         let bound = session.and_then(|session| self.sessions().lock().find(session, now));
+        let prompt = query.prompt.filter(|_| self.wants_prefixes());
+        let held = prompt.filter(|_| session.is_none()).map(|prompt| self.holders(prompt, now));
+        let caches = prompt.zip(held.as_deref()).map(|(prompt, held)| Caches { prompt, held });
         loop {
             let fleet = self.fleet();
             let model = fleet.model(query.model_id);
@@ -108,7 +116,7 @@ impl Router {
                     settings: self.settings(),
                     now,
                 };
-                Some((model, self.choose(candidates, session, bound.as_ref())?))
+                Some((model, self.choose(candidates, session, bound.as_ref(), caches)?))
             });
             let Some((model, (place, choice))) = chosen else {
                 if self.is_current(&fleet) {
@@ -120,6 +128,7 @@ impl Router {
                 if let Some(session) = session {
                     self.settle_session(session, bound, query.exclude, &mut lease, &fleet, now);
                 }
+                self.will_teach(&mut lease, query);
                 return Ok(lease);
             }
         }
@@ -139,11 +148,17 @@ impl Router {
 
     /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy. Those of a tier come
     /// into question when nobody of the tiers before has room.
-    fn choose(&self, candidates: Candidates<'_>, session: Option<&str>, bound: Option<&Binding>) -> Option<(usize, Choice)> {
+    fn choose(
+        &self,
+        candidates: Candidates<'_>,
+        session: Option<&str>,
+        bound: Option<&Binding>,
+        caches: Option<Caches<'_>>,
+    ) -> Option<(usize, Choice)> {
         [Standing::Online, Standing::Degraded, Standing::Held].into_iter().find_map(|tier| {
             let candidates = Candidates { tier, ..candidates };
             let Some(session) = session else {
-                return Some((self.choose_by_strategy(candidates)?, Choice::Strategy));
+                return self.choose_by_strategy(candidates, caches);
             };
             let own = bound.and_then(|bound| {
                 let place = candidates.model.find(&bound.worker)?;
@@ -159,8 +174,8 @@ impl Router {
         })
     }
 
-    fn choose_by_strategy(&self, candidates: Candidates<'_>) -> Option<usize> {
-        let pick = |candidates| strategy::pick(self.settings().strategy, &candidates, self.dice());
+    fn choose_by_strategy(&self, candidates: Candidates<'_>, caches: Option<Caches<'_>>) -> Option<(usize, Choice)> {
+        let pick = |candidates| strategy::pick(self.settings().strategy, &candidates, caches, self.dice());
         let length = self.settings().slow_start.filter(|_| candidates.model.workers.len() >= WARM_UP_FROM);
         let warm_up = length.map(|length| WarmUp { length, draw: self.dice().roll().u64(..) });
         // Where nobody is warm enough, all are candidates.
@@ -195,6 +210,13 @@ impl Router {
             self.tell_breaker(worker, transition);
         }
         Some(lease)
+    }
+
+    /// What the lease's worker answers, it will hold in its cache.
+    fn will_teach(&self, lease: &mut Lease, query: &Query<'_>) {
+        if let Some(prompt) = query.prompt.filter(|_| self.wants_prefixes()) {
+            lease.teaches(prompt);
+        }
     }
 
     /// Binds the session, or leaves it where it is: a worker that was only skipped keeps it, one that failed loses it with

@@ -64,17 +64,10 @@ impl TryFrom<&ClusterConfig> for RouterSettings {
     type Error = ControllerError;
 
     /// # Errors
-    /// REQUEST_VALIDATION_FAILED, with the key in `context.field`: a strategy that this version does not have, or a weight
-    /// that is negative or no number.
+    /// REQUEST_VALIDATION_FAILED, with the key in `context.field`: a weight that is negative or no number.
     fn try_from(config: &ClusterConfig) -> Result<Self, ControllerError> {
         let balancing = &config.load_balancing;
         let routing = &config.request_routing;
-        if balancing.strategy == Strategy::PrefixAware {
-            return Err(ControllerError::validation(
-                "loadBalancing.strategy",
-                "prefix_aware is not available yet; use round_robin, least_requests, weighted_random, skills_based or peak_ewma",
-            ));
-        }
         if let Some((id, weight)) = balancing.weights.iter().find(|(_, weight)| !weight.is_finite() || **weight < 0.0) {
             return Err(ControllerError::validation(
                 &format!("loadBalancing.weights.{id}"),

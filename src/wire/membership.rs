@@ -152,7 +152,7 @@ pub struct Heartbeat {
     /// Models on their way into memory.
     #[serde(default)]
     pub loading_models: Vec<String>,
-    /// Hashes of the prompts in its caches, at most 256.
+    /// Hashes of the prompts in its caches, at most 256; see [`PrefixHashes`](super::PrefixHashes).
     #[serde(default)]
     pub cached_prefixes: Vec<String>,
 }

@@ -128,3 +128,57 @@ async fn a_model_that_could_not_be_loaded_is_replaced_on_the_same_worker() {
     let models: Vec<_> = worker.asked.lock().iter().map(|asked| asked.request.model_id.clone()).collect();
     assert_eq!(models, ["big", "m"]);
 }
+
+/// Three workers under `prefix_aware`, of which each has answered the first turn of one of three conversations.
+async fn conversations() -> (Controller, Vec<Scripted>, [(&'static str, WorkerId); 3]) {
+    let config = json!({"nats": {"mode": "none"}, "loadBalancing": {"strategy": "prefix_aware"}});
+    let controller = Controller::new(ClusterConfig::from_value(config).unwrap(), Some("c".into())).unwrap();
+    controller.start(None).await.unwrap();
+    let workers = (0..3).map(|n| worker(&controller, &format!("w{n}"), &[Accept, Wait(50), Say("ok"), Done])).collect();
+    let asking = &controller;
+    let first = |name| async move {
+        let mut stream = asking.streaming(turn(name, 1), CallOptions::default()).await.unwrap();
+        read(&mut stream).await.unwrap();
+        (name, stream.response().unwrap().worker_id.clone())
+    };
+    let owners = futures_util::future::join_all(["a", "b", "c"].map(first)).await.try_into().unwrap();
+    (controller, workers, owners)
+}
+
+/// A turn of a conversation: all that was said before, and one thing more.
+fn turn(name: &str, turns: usize) -> InferenceRequest {
+    let system = json!({"role": "system", "content": format!("{name}: {}", "be kind to whoever asks. ".repeat(20))});
+    let mut messages = vec![system];
+    for turn in 0..turns {
+        messages.push(json!({"role": "user", "content": format!("And what of number {turn}?")}));
+        messages.push(json!({"role": "assistant", "content": "It is well, too. ".repeat(10)}));
+    }
+    messages.pop();
+    let messages = Some(Json::from_value(&messages).unwrap());
+    InferenceRequest { model_id: "m".into(), messages, ..InferenceRequest::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_conversation_without_a_session_returns_to_its_worker() {
+    let (controller, workers, owners) = conversations().await;
+    assert!(workers.iter().all(|worker| worker.asked() == 1));
+    for turns in 2..6 {
+        for (name, owner) in owners.iter().rev() {
+            let answer = controller.buffered(turn(name, turns), CallOptions::default()).await.unwrap();
+            assert_eq!((&answer.worker_id, &*answer.metadata.attempts[0].choice), (owner, "prefix"));
+        }
+    }
+    assert_at_rest(&controller);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_conversation_moves_with_the_answer_when_its_worker_fails() {
+    let (controller, workers, owners) = conversations().await;
+    let (name, owner) = &owners[0];
+    workers.iter().find(|worker| worker.id == *owner).unwrap().now_does(&[Fail("WORKER_UNAVAILABLE")]);
+    let answer = controller.buffered(turn(name, 5), CallOptions::default()).await.unwrap();
+    let choices: Vec<_> = answer.metadata.attempts.iter().map(|attempt| &*attempt.choice).collect();
+    assert_eq!((answer.worker_id == *owner, choices), (false, vec!["prefix", "strategy"]));
+    let next = controller.buffered(turn(name, 6), CallOptions::default()).await.unwrap();
+    assert_eq!((next.worker_id, next.metadata.retry_count), (answer.worker_id, 0));
+}

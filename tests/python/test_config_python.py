@@ -93,7 +93,14 @@ def test_what_is_no_configuration_is_refused() -> None:
 
 
 def test_what_this_version_cannot_do_is_a_configuration_error() -> None:
-    for make in (Router, ControllerNode):
-        with pytest.raises(ConfigError, match="prefix_aware") as caught:
-            make({"nats": {"mode": "none"}, "loadBalancing": {"strategy": "prefix_aware"}})
-        assert caught.value.key == "loadBalancing.strategy"
+    with pytest.raises(ConfigError, match="hedging") as caught:
+        ControllerNode({"nats": {"mode": "none"}, "requestRouting": {"hedging": {"enabled": True}}})
+    assert caught.value.key == "requestRouting.hedging.enabled"
+
+
+def test_every_strategy_can_be_had() -> None:
+    names = [choice["const"] for choice in ClusterConfig.json_schema()["$defs"]["Strategy"]["oneOf"]]
+    assert "prefix_aware" in names
+    for name in names:
+        for make in (Router, ControllerNode):
+            make({"nats": {"mode": "none"}, "loadBalancing": {"strategy": name}})

@@ -115,6 +115,25 @@ def test_a_session_stays_with_its_worker() -> None:
     assert {lease.choice for lease in again} == {"affinity"}
 
 
+def test_a_prompt_returns_to_who_holds_its_beginning() -> None:
+    router = fleet("a", "b", "c", loadBalancing={"strategy": "prefix_aware"})
+    prompts = [f"{name}: " + "and so they went on talking. " * 50 for name in "xyz"]
+    owners: list[str] = []
+    for prompt in prompts:
+        lease = router.select("tiny", prompt=prompt)
+        assert lease.choice == "strategy"
+        owners.append(lease.worker_id)
+        lease.success()
+    assert sorted(owners) == ["a", "b", "c"]
+    for prompt, owner in reversed([*zip(prompts, owners, strict=True)]):
+        lease = router.select("tiny", prompt=prompt + "And then?")
+        assert (lease.worker_id, lease.choice) == (owner, "prefix")
+        lease.failure("WORKER_TIMEOUT")
+    assert router.select("tiny", prompt="Hello").choice == "strategy"
+    assert router.select("tiny").choice == "strategy"
+    assert router.select("tiny", "s", prompt=prompts[0]).choice == "rendezvous"
+
+
 def test_a_decision_is_explained() -> None:
     router = fleet("a", "b")
     lease = router.select("tiny", exclude=["a"], explain=True)

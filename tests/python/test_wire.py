@@ -104,6 +104,16 @@ def test_a_request_has_the_wires_fields_in_snake_case() -> None:
     )
 
 
+def test_the_hashes_of_prefixes_are_those_that_the_page_for_workers_defines() -> None:
+    page = (FIXTURES.parents[2] / "docs" / "prefix-hashes.md").read_text(encoding="utf-8")
+    _, code, _ = page.replace("```python", "```").split("```")
+    defined: dict[str, Any] = {}
+    exec(code, defined)
+    for case in cases("prefixes.json"):
+        assert defined["prefix_hashes"](case["message"]) == case["means"]["hashes"], case["name"]
+        assert len(defined["text"](case["message"])) == case["means"]["bytes"], case["name"]
+
+
 def test_a_request_without_an_id_gets_one() -> None:
     first, second = (InferenceRequest(model_id="tiny", prompt="Hello") for _ in range(2))
     assert first.request_id

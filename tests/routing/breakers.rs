@@ -3,7 +3,7 @@
 use std::sync::Barrier;
 use std::time::Duration;
 
-use mlx_serving_router::config::{ClusterConfig, Strategy};
+use mlx_serving_router::config::ClusterConfig;
 use mlx_serving_router::error::ControllerErrorCode;
 use mlx_serving_router::routing::{BreakerReason, CircuitState, Outcome, Refusal, RouterEvent, RouterSettings};
 
@@ -298,7 +298,6 @@ fn settings_that_cannot_be_followed_are_refused_by_name() {
         let error = RouterSettings::try_from(&config).unwrap_err();
         error.context()["field"].as_str().unwrap().to_owned()
     };
-    assert_eq!(field(|config| config.load_balancing.strategy = Strategy::PrefixAware), "loadBalancing.strategy");
     let weights = |config: &mut ClusterConfig| config.load_balancing.weights = [("w0".into(), -1.0)].into();
     assert_eq!(field(weights), "loadBalancing.weights.w0");
 }

@@ -120,6 +120,7 @@ impl Run {
                     session_id: session.as_deref(),
                     exclude: &exclude,
                     worker_id: named.as_deref(),
+                    prompt: None,
                 })?;
             }
             Event::FirstToken(index) if !self.leases.is_empty() => {

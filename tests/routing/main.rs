@@ -5,6 +5,7 @@
 mod breakers;
 mod histories;
 mod membership;
+mod prefixes;
 mod refusals;
 mod selection;
 mod sessions;
@@ -119,7 +120,7 @@ impl World {
     }
 }
 
-const ANY: Query<'static> = Query { model_id: "m", session_id: None, exclude: &[], worker_id: None };
+const ANY: Query<'static> = Query { model_id: "m", session_id: None, exclude: &[], worker_id: None, prompt: None };
 
 fn id(name: &str) -> WorkerId {
     WorkerId::new(name).unwrap()

@@ -5,24 +5,36 @@
 
 mod least_requests;
 mod peak_ewma;
+mod prefix_aware;
 mod round_robin;
 mod skills_based;
 mod weighted_random;
 
 use super::dice::Dice;
 use super::fleet::Candidates;
+use super::lease::Choice;
 use crate::config::Strategy;
 
-/// The place of the chosen candidate; `None` where there is no candidate.
-pub(super) fn pick(strategy: Strategy, candidates: &Candidates<'_>, dice: &Dice) -> Option<usize> {
+pub(super) use prefix_aware::Caches;
+
+/// The place of the chosen candidate and what decided for it; `None` where there is no candidate. `caches`: what of the
+/// prompt lies in caches, for `prefix_aware`.
+pub(super) fn pick(
+    strategy: Strategy,
+    candidates: &Candidates<'_>,
+    caches: Option<Caches<'_>>,
+    dice: &Dice,
+) -> Option<(usize, Choice)> {
+    if let Some(place) = caches.and_then(|caches| prefix_aware::pick(candidates, caches)) {
+        return Some((place, Choice::Prefix));
+    }
     let place = match strategy {
         Strategy::RoundRobin => round_robin::pick(candidates),
-        // `RouterSettings` refuses prefix_aware; without an index of prefixes it comes down to its second criterion.
         Strategy::LeastRequests | Strategy::PrefixAware => least_requests::pick(candidates),
         Strategy::WeightedRandom => weighted_random::pick(candidates, dice),
         Strategy::SkillsBased => skills_based::pick(candidates),
         Strategy::PeakEwma => peak_ewma::pick(candidates, dice),
     }?;
     candidates.took(place);
-    Some(place)
+    Some((place, Choice::Strategy))
 }
