@@ -330,6 +330,12 @@ impl ServerUrls {
             Self::Many(urls) => urls,
         }
     }
+
+    /// The URLs for people, without credentials.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        self.as_slice().iter().map(|url| redact::url(url)).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// Shows everything but credentials.

@@ -20,11 +20,12 @@ async fn states_come_in_order_and_once() {
 
 #[tokio::test(start_paused = true)]
 async fn an_unreachable_nats_is_said_and_leaves_it_stopped() {
-    let config = json!({"nats": {"mode": "external", "serverUrl": "nats://127.0.0.1:1", "connectTimeoutMs": 300}});
+    let config = json!({"nats": {"mode": "external", "serverUrl": "nats://me:hush@127.0.0.1:1", "connectTimeoutMs": 300}});
     let controller = Controller::new(ClusterConfig::from_value(config).unwrap(), None).unwrap();
     let error = controller.start(None).await.unwrap_err();
     assert_eq!(error.code(), Code::NatsError);
-    assert!(error.message().contains("nats://127.0.0.1:1"));
+    assert!(error.message().contains("nats://***@127.0.0.1:1"));
+    assert!(!error.message().contains("hush"));
     assert_eq!(controller.state(), ControllerState::Stopped);
 }
 

@@ -85,7 +85,7 @@ impl NatsConnection {
                 format!(
                     "cannot connect to NATS at {}: {why}; start a nats-server there, correct nats.serverUrl, \
                      or set nats.mode to embedded (a server of our own) or none (local workers only)",
-                    urls.iter().map(|url| without_secrets(url)).collect::<Vec<_>>().join(", ")
+                    config.server_url.shown()
                 ),
             )
         };
@@ -301,23 +301,4 @@ fn note(states: &watch::Sender<Link>, event: &Event) {
 
 pub(super) fn lost(error: &dyn std::fmt::Display) -> ControllerError {
     ControllerError::new(ControllerErrorCode::NatsError, format!("the connection to NATS is down: {error}"))
-}
-
-/// The URL without user, password or token.
-fn without_secrets(url: &str) -> String {
-    match (url.split_once("://"), url.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://{host}"),
-        _ => url.to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn secrets_in_urls_are_not_shown() {
-        assert_eq!(without_secrets("nats://me:hush@host:4222"), "nats://host:4222");
-        assert_eq!(without_secrets("nats://host:4222"), "nats://host:4222");
-    }
 }
