@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use mlx_serving_router::error::ControllerErrorCode;
-use mlx_serving_router::routing::{Choice, CircuitState, Lease, Outcome, Query, Refusal};
+use mlx_serving_router::routing::{Choice, CircuitState, Lease, LeftOut, Outcome, Query, Refusal};
 use mlx_serving_router::wire::{WorkerId, WorkerStatus};
 use proptest::prelude::*;
 
@@ -170,8 +170,12 @@ impl Run {
                     None => prop_assert!(!query.exclude.contains(lease.worker_id())),
                 }
                 if worker.status == WorkerStatus::Degraded && query.worker_id.is_none() {
+                    // One that comes and goes calls itself online, and stands behind the degraded while it is held back.
+                    let left_out = lease.left_out(query, world.now);
+                    let held_back = |id: &WorkerId| left_out.contains(&(id.clone(), LeftOut::Degraded));
                     let free = serving.iter().filter(|other| {
                         other.status == WorkerStatus::Online
+                            && !held_back(&other.worker_id)
                             && other.breaker == CircuitState::Closed
                             && other.in_flight + other.foreign < ROOM
                             && !query.exclude.contains(&other.worker_id)
