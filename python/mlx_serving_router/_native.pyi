@@ -1018,6 +1018,9 @@ class Job:
     def gone(self) -> Call:
         """Return when `cancelled`."""
 
+    def let_go(self) -> None:
+        """Give the place of a job of `next` back: nobody works on it any more."""
+
     def done(
         self,
         finish_reason: str = "stop",

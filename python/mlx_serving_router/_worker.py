@@ -375,9 +375,12 @@ async def _answer(job: _native.Job, handler: Handler) -> None:
         await asyncio.wait({generation, gone}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         gone.cancel()
-        if not generation.done():
-            generation.cancel()
-            await asyncio.wait({generation})
+        try:
+            if not generation.done():
+                generation.cancel()
+                await asyncio.wait({generation})
+        finally:
+            job.let_go()
 
 
 async def _generate(job: _native.Job, handler: Handler) -> None:

@@ -219,7 +219,12 @@ impl Call {
     /// A cancellation, or whatever else ends the await: the work is aborted at once, though a traceback may hold the awaitable
     /// for longer.
     #[pyo3(signature = (kind, value=None, _traceback=None))]
-    fn throw(&self, kind: Bound<'_, PyAny>, value: Option<Bound<'_, PyAny>>, _traceback: Option<Bound<'_, PyAny>>) -> PyResult<()> {
+    fn throw(
+        &self,
+        kind: Bound<'_, PyAny>,
+        value: Option<Bound<'_, PyAny>>,
+        _traceback: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
         self.give_up();
         Err(PyErr::from_value(value.unwrap_or(kind)))
     }
