@@ -190,6 +190,7 @@ impl Call {
         self.last = Some(error);
         if !delay.is_zero() {
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(delay) => {}
                 () = self.core.cut.cancelled() => {
                     let error = self.after_last(not_ready(self.core.state()));
@@ -307,6 +308,7 @@ impl Call {
                 }
             };
             tokio::select! {
+                biased;
                 turn = waiting.turn() => turn?,
                 () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
             }
@@ -348,6 +350,7 @@ impl Call {
             return Ok(false);
         }
         tokio::select! {
+            biased;
             () = tokio::time::sleep_until(soonest) => {}
             () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
         }
