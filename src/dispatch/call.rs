@@ -221,7 +221,9 @@ impl Call {
         let worker_id = attempt.worker().clone();
         let core = self.core.clone();
         core.metrics.dropped_replies(attempt.dropped());
-        attempt.succeed(now);
+        if attempt.succeed(now) {
+            self.record.breaker_tripped();
+        }
         core.metrics.attempt_ended(&worker_id, None);
         if let Some(previous) = self.first_worker.as_ref().filter(|first| **first != worker_id) {
             core.events.failover(&self.request.request_id, &worker_id, previous);
