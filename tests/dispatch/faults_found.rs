@@ -18,3 +18,15 @@ async fn a_success_that_completes_a_bad_rate_is_the_request_that_opened_the_brea
     let answer = buffered(&controller).await.unwrap();
     assert_eq!((kinds(&controller), answer.metadata.circuit_breaker_trips), (vec!["OPEN"], 1));
 }
+
+#[tokio::test(start_paused = true)]
+async fn after_an_attempt_nobody_is_there_any_more_whatever_the_breakers_say() {
+    let retry = json!({"revisitFailedWorkers": true, "retryDelayMs": 0});
+    let controller = controller(json!({"retry": retry, "circuitBreaker": {"failureThreshold": 1}})).await;
+    let worker = worker(&controller, "w", &[Fail("WORKER_UNAVAILABLE")]);
+    let error = buffered(&controller).await.unwrap_err();
+    assert_eq!((error.code(), worker.asked()), (Code::NoWorkersAvailable, 1));
+    let count = |key: &str| error.context()[key].as_u64();
+    assert_eq!((count("totalWorkers"), count("healthyWorkers"), count("excludedWorkers")), (Some(1), Some(0), Some(1)));
+    assert_eq!(error.cause().map(ControllerError::code), Some(Code::WorkerUnavailable));
+}
