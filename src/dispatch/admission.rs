@@ -6,7 +6,7 @@
 //! newcomer of a higher one. Dropping a [`Ticket`] leaves the line.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,7 +32,8 @@ pub(super) struct Admission {
 
 #[derive(Debug, Default)]
 struct Lines {
-    by_name: HashMap<Arc<str>, Line>,
+    /// Sorted, so that they are always woken in the same order.
+    by_name: BTreeMap<Arc<str>, Line>,
     arrivals: u64,
     waiting: usize,
 }

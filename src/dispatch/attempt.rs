@@ -203,12 +203,11 @@ impl Attempt {
         Ok(None)
     }
 
-    /// Ends it well. Everything that it held is free before this returns.
-    pub(super) fn succeed(mut self, now: Instant) {
+    /// Ends it well; true when that opened the worker's breaker all the same: it may be the one that completes a bad rate.
+    /// Everything that it held is free before this returns.
+    pub(super) fn succeed(mut self, now: Instant) -> bool {
         self.close();
-        if let Some(lease) = self.lease.take() {
-            lease.end(Outcome::Success, now);
-        }
+        self.lease.take().is_some_and(|lease| lease.end(Outcome::Success, now))
     }
 
     /// Ends it with an error; true when that opened the worker's breaker. Everything that it held is free, and the worker

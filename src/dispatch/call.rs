@@ -190,6 +190,7 @@ impl Call {
         self.last = Some(error);
         if !delay.is_zero() {
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(delay) => {}
                 () = self.core.cut.cancelled() => {
                     let error = self.after_last(not_ready(self.core.state()));
@@ -220,7 +221,9 @@ impl Call {
         let worker_id = attempt.worker().clone();
         let core = self.core.clone();
         core.metrics.dropped_replies(attempt.dropped());
-        attempt.succeed(now);
+        if attempt.succeed(now) {
+            self.record.breaker_tripped();
+        }
         core.metrics.attempt_ended(&worker_id, None);
         if let Some(previous) = self.first_worker.as_ref().filter(|first| **first != worker_id) {
             core.events.failover(&self.request.request_id, &worker_id, previous);
@@ -309,6 +312,7 @@ impl Call {
                 }
             };
             tokio::select! {
+                biased;
                 turn = waiting.turn() => turn?,
                 () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
             }
@@ -350,6 +354,7 @@ impl Call {
             return Ok(false);
         }
         tokio::select! {
+            biased;
             () = tokio::time::sleep_until(soonest) => {}
             () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
         }

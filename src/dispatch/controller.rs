@@ -18,7 +18,7 @@ use super::membership;
 use super::stream::{self, TokenStream};
 use crate::config::ClusterConfig;
 use crate::error::{ControllerError, epoch_ms};
-use crate::routing::{BreakerStats, WorkerSnapshot};
+use crate::routing::{BreakerStats, Router, WorkerSnapshot};
 use crate::telemetry::RequestMetadata;
 use crate::transport::LocalPort;
 use crate::wire::{InferenceRequest, Registration, WorkerId, WorkerStatus};
@@ -314,6 +314,13 @@ impl Controller {
     /// REQUEST_VALIDATION_FAILED: a worker of this id is there already, or the fleet is full. CONTROLLER_NOT_READY: it stops.
     pub fn attach_local(&self, registration: &Registration) -> Result<LocalPort, ControllerError> {
         membership::attach_local(self.core(), registration)
+    }
+
+    /// The deciding core, for tests that play the membership messages of a fleet without a server.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn router(&self) -> &Arc<Router> {
+        &self.core().router
     }
 
     fn core(&self) -> &Arc<Core> {

@@ -204,8 +204,7 @@ impl Lease {
         }
         let (router, worker) = (self.router.clone(), self.worker.clone());
         drop(self);
-        router.tell_breaker(&worker, transition);
-        transition.is_some_and(|transition| transition.to == CircuitState::Open)
+        router.tell_breaker(&worker, transition) && transition.is_some_and(|transition| transition.to == CircuitState::Open)
     }
 }
 

@@ -252,8 +252,11 @@ impl Router {
         &self.dice
     }
 
-    /// Tells the observer of a transition. Never called under a lock.
-    pub(super) fn tell_breaker(&self, worker: &Worker, transition: Option<Transition>) {
+    /// Tells the observer of a transition; true where there was one to tell. What becomes of the breaker of a life that is
+    /// over is nobody's business: it would be taken for that of the life after it. Never called under a lock.
+    pub(super) fn tell_breaker(&self, worker: &Worker, transition: Option<Transition>) -> bool {
+        let is_current = || self.fleet().workers.get(&worker.id).is_some_and(|current| current.serial == worker.serial);
+        let transition = transition.filter(|_| is_current());
         if let Some(Transition { from, to, reason }) = transition {
             if reason == BreakerReason::FailureRate {
                 self.rate_openings.fetch_add(1, Ordering::SeqCst);
@@ -263,6 +266,7 @@ impl Router {
                 self.capacity_freed.notify_waiters();
             }
         }
+        transition.is_some()
     }
 
     /// Gives a session to the worker that answered after its own had failed.

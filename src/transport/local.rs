@@ -1,6 +1,6 @@
 //! Attempts to workers in this very process: the same messages as over NATS, without a server and without encoding.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +21,8 @@ const CAPACITY: usize = 4096;
 #[derive(Debug)]
 pub struct LocalHub {
     controller_id: Arc<str>,
-    ports: Arc<Mutex<HashMap<WorkerId, mpsc::Sender<LocalMessage>>>>,
+    /// Sorted, so that they always hear of an end in the same order.
+    ports: Arc<Mutex<BTreeMap<WorkerId, mpsc::Sender<LocalMessage>>>>,
 }
 
 /// A worker's end of the hub. Dropping it detaches the worker.
@@ -29,7 +30,7 @@ pub struct LocalHub {
 pub struct LocalPort {
     worker: WorkerId,
     receiver: mpsc::Receiver<LocalMessage>,
-    ports: Arc<Mutex<HashMap<WorkerId, mpsc::Sender<LocalMessage>>>>,
+    ports: Arc<Mutex<BTreeMap<WorkerId, mpsc::Sender<LocalMessage>>>>,
     on_detach: OnDrop,
 }
 

@@ -4,6 +4,7 @@
 
 mod admission;
 mod failures;
+mod faults_found;
 mod lifecycle;
 mod older;
 mod success;

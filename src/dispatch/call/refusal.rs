@@ -1,5 +1,6 @@
 //! What the caller is told when nobody was chosen.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::Call;
@@ -13,6 +14,14 @@ impl Call {
         let named = self.options.worker_id.as_deref().unwrap_or_default();
         let millis = |after: Duration| u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
         let error = |code, message: String| ControllerError::new(code, message);
+        let refusal = match refusal {
+            // The codes of these are for requests that nobody has been asked for.
+            Refusal::NoWorkers | Refusal::ModelNotFound | Refusal::NoHealthyWorkers { .. } if self.attempts > 0 => {
+                let tried: BTreeSet<_> = self.met.iter().filter_map(|attempt| attempt["workerId"].as_str()).collect();
+                Refusal::AllTried { total: self.core.router.serving(model), healthy: 0, excluded: tried.len() }
+            }
+            refusal => refusal,
+        };
         let error = match refusal {
             Refusal::NoWorkers => error(
                 ControllerErrorCode::NoWorkersAvailable,
