@@ -221,8 +221,9 @@ fn the_time_to_be_open_doubles_up_to_its_limit_and_shrinks_in_calm() {
         within(&world, seconds);
         world.now += world.stats("w0").retry_after.unwrap();
     }
+    // Growth beyond the limit would only delay forgiveness: 2⁴ is the first factor that reaches it.
     world.finish("w0", Outcome::Success, 2);
-    world.pass(30_000 * 4);
+    world.pass(30_000 * 3);
     world.finish("w0", FAILURE, 5);
     within(&world, 60);
     world.now += world.stats("w0").retry_after.unwrap();

@@ -3,7 +3,7 @@
 //! | from | to | when |
 //! |---|---|---|
 //! | CLOSED | OPEN | `failure_threshold` consecutive failures, or too large a share of failures, or of slow first tokens, in the window |
-//! | OPEN | HALF_OPEN | `open_for × 2ⁿ`, at most `open_for_max`, ± 20 %, have passed; n grows by one with each failed probe and falls by one for each `open_for` spent CLOSED |
+//! | OPEN | HALF_OPEN | `open_for × 2ⁿ`, at most `open_for_max`, ± 20 %, have passed; n grows by one with each failed probe until that makes no difference, and falls by one for each `open_for` spent CLOSED |
 //! | HALF_OPEN | CLOSED | `success_threshold` probes succeeded |
 //! | HALF_OPEN | OPEN | a probe failed |
 //!
