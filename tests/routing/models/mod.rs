@@ -6,13 +6,14 @@
 //! reaches a state fails its test; `--no-capture` shows the counts.
 
 mod breaker;
+mod registry;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use proptest::prelude::*;
-use proptest::test_runner::{RngAlgorithm, TestRunner};
+use proptest::test_runner::{RngAlgorithm, TestError, TestRunner};
 
 /// How often histories reached what is worth reaching.
 #[derive(Default)]
@@ -47,7 +48,10 @@ fn run<S: Strategy>(
     let rng_algorithm = RngAlgorithm::XorShift;
     let config = ProptestConfig { cases, rng_algorithm, failure_persistence: None, ..ProptestConfig::default() };
     let coverage = Coverage::default();
-    TestRunner::new(config).run(&histories, |history| test(history, &coverage)).unwrap_or_else(|error| panic!("{error}"));
+    match TestRunner::new(config).run(&histories, |history| test(history, &coverage)) {
+        Err(TestError::Fail(reason, history)) => panic!("{reason}\n{history:?}"),
+        result => result.unwrap(),
+    }
     let seen = coverage.0.into_inner();
     seen.iter().for_each(|(what, count)| println!("{count:>9}  {what}"));
     for what in reached {
