@@ -7,6 +7,7 @@
 
 mod breaker;
 mod registry;
+mod sessions;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
