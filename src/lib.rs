@@ -19,6 +19,9 @@ pub mod config;
 pub mod dispatch;
 pub mod error;
 mod fnv;
+#[cfg(test)]
+#[path = "../tests/common/histories.rs"]
+mod histories;
 pub mod openai;
 #[cfg(feature = "python")]
 mod python;

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use tokio::time::Instant;
 
 use self::model::{Breaker, Permit, Told};
-use super::{Coverage, run};
+use super::histories::{Coverage, run};
 use crate::{ANY, World, id, registration};
 
 const WORKERS: usize = 3;

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use self::member::{Member, Standing};
 use self::model::{Fleet, HISTORY_FOR, LONGEST_HOLD, MOST_WORKERS};
-use super::{Coverage, run};
+use super::histories::{Coverage, run};
 use crate::{ANY, World, heartbeat, id, registration};
 
 /// One more than there is room for.

@@ -9,7 +9,7 @@ use mlx_serving_router::wire::{WorkerId, WorkerStatus};
 use proptest::prelude::*;
 
 use self::model::{Chosen, Home, MOST_SESSIONS, Seen, Sessions, TTL};
-use super::{Coverage, run};
+use super::histories::{Coverage, run};
 use crate::{ANY, FAILURE, World, id, registration};
 
 const WORKERS: usize = 4;
