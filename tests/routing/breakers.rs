@@ -69,6 +69,26 @@ fn case_14_every_second_request_fails_and_the_rate_opens_it() {
 }
 
 #[test]
+fn shares_are_compared_exactly() {
+    let world = World::with(|settings| {
+        let breaker = settings.breaker.as_mut().unwrap();
+        (breaker.failure_rate, breaker.minimum_requests, breaker.max_open) = (28.0 / 100.0, 25, 70.0 / 100.0);
+    });
+    (0..10).for_each(|number| world.join(number, 0));
+    for worker in (0..7).map(|number| format!("w{number}")) {
+        world.finish(&worker, FAILURE, 4);
+        world.finish(&worker, Outcome::Success, 18);
+        world.finish(&worker, FAILURE, 2);
+        assert_eq!(world.state(&worker), CircuitState::Closed);
+        world.finish(&worker, FAILURE, 1);
+        assert_eq!(world.state(&worker), CircuitState::Open, "7 of 25 are 28 %");
+    }
+    let leases: Vec<_> = (0..30).map(|_| world.select().unwrap()).collect();
+    let admitted = |worker: &str| world.state(worker) == CircuitState::Closed;
+    assert!(leases.iter().all(|lease| admitted(lease.worker_id())), "7 of 10 are not more than 70 %");
+}
+
+#[test]
 fn what_has_left_the_window_does_not_open_it() {
     let mut world = World::of(1, 0);
     for _ in 0..4 {

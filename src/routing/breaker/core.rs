@@ -236,7 +236,7 @@ impl Core {
         let end = Tally { requests: 1, failures: u32::from(failed), slow: u32::from(permit.slow) };
         let window = self.window.add(end, now);
         let share_opens = |part: u32| {
-            window.requests >= settings.minimum_requests && f64::from(part) >= settings.failure_rate * f64::from(window.requests)
+            window.requests >= settings.minimum_requests && f64::from(part) / f64::from(window.requests) >= settings.failure_rate
         };
         let reason = if self.consecutive_failures >= settings.failure_threshold {
             BreakerReason::ConsecutiveFailures
