@@ -107,9 +107,9 @@ fn event() -> impl Strategy<Value = Event> {
 }
 
 fn settings() -> impl Strategy<Value = BreakerSettings> {
-    let shares = || prop::sample::select(vec![0.3, 0.5, 1.0]);
-    let limits = (1..=4_u32, 1..=3_u32, 1..=3_u32, 2..=6_u32);
-    (limits, shares(), prop::sample::select(vec![0.0, 0.5, 1.0]), 1..=6_u32, any::<bool>()).prop_map(
+    let shares = prop::sample::select(vec![0.28, 0.5, 1.0]);
+    let limits = (1..=4_u32, 1..=3_u32, 1..=3_u32, prop_oneof![6 => 2..=6_u32, 1 => Just(25)]);
+    (limits, shares, prop::sample::select(vec![0.0, 0.33, 0.34, 1.0]), 1..=6_u32, any::<bool>()).prop_map(
         |((failure_threshold, success_threshold, half_open_requests, minimum_requests), failure_rate, max_open, times, slow)| {
             BreakerSettings {
                 failure_threshold,
@@ -234,7 +234,8 @@ impl<'a> Run<'a> {
         let now = self.world.now;
         let exclude: Vec<_> = (0..WORKERS).filter(|worker| tried[*worker]).map(name).collect();
         let admitted = self.breakers.iter().filter(|breaker| breaker.admits(now)).count();
-        let panic = (admitted as f64) < (1.0 - self.settings.max_open) * WORKERS as f64;
+        let percent = (100.0 * self.settings.max_open).round() as usize;
+        let panic = 100 * admitted < (100 - percent) * WORKERS;
         let admits = |breaker: &Breaker| breaker.admits(now) || panic && breaker.admits_in_panic();
         let healthy = self.breakers.iter().filter(|breaker| admits(breaker)).count();
         let may: Vec<_> = (0..WORKERS).filter(|worker| !tried[*worker] && admits(&self.breakers[*worker])).collect();

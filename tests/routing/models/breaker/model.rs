@@ -233,8 +233,8 @@ impl Breaker {
 
     fn signal(&self, now: Instant) -> Option<BreakerReason> {
         let all = self.in_window(now, |_| true);
-        let is_too_much =
-            |part| all >= self.settings.minimum_requests && f64::from(part) / f64::from(all) >= self.settings.failure_rate;
+        let percent = (100.0 * self.settings.failure_rate).round() as u32;
+        let is_too_much = |part| all >= self.settings.minimum_requests && 100 * part >= percent * all;
         let slow = self.settings.slow_first_token.is_some() && is_too_much(self.in_window(now, |end| end.slow));
         let rate = is_too_much(self.in_window(now, |end| end.failed));
         let row = self.seen.consecutive_failures >= self.settings.failure_threshold;
