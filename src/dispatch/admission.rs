@@ -221,3 +221,6 @@ impl Drop for Ticket {
         }
     }
 }
+
+#[cfg(test)]
+mod model;
