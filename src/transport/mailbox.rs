@@ -1,11 +1,11 @@
 //! The way back of one attempt: a bounded queue from whatever carries the replies to the attempt that waits for them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::mpsc;
 
 use crate::error::ControllerError;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::wire::Reply;
 
 /// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far

@@ -18,10 +18,8 @@
 mod core;
 mod window;
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -29,6 +27,8 @@ use self::core::Core;
 pub(super) use self::core::{Permit, Transition, Verdict};
 use super::dice::Dice;
 use super::settings::BreakerSettings;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// The state of a breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
