@@ -38,3 +38,17 @@ mod scheduled {
         }
     }
 }
+
+/// Runs a test in so many random orders of its threads, and in as many that change threads seldom but anywhere. A failure
+/// prints its order, which `shuttle::replay` runs again.
+#[cfg(all(test, feature = "shuttle"))]
+pub(crate) fn explore(orders: usize, test: impl Fn() + Send + Sync + Copy + 'static) {
+    use shuttle::scheduler::{PctScheduler, RandomScheduler};
+    let config = || {
+        let mut config = shuttle::Config::new();
+        config.stack_size = 1 << 20;
+        config
+    };
+    shuttle::Runner::new(RandomScheduler::new(orders), config()).run(test);
+    shuttle::Runner::new(PctScheduler::new(3, orders), config()).run(test);
+}
