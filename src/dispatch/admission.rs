@@ -224,3 +224,5 @@ impl Drop for Ticket {
 
 #[cfg(test)]
 mod model;
+#[cfg(all(test, feature = "shuttle"))]
+mod races;
