@@ -41,7 +41,8 @@ pub fn run<S: Strategy>(
     let coverage = Coverage::default();
     match TestRunner::new(config).run(&histories, |history| test(history, &coverage)) {
         Err(TestError::Fail(reason, history)) => panic!("{reason}\n{history:?}"),
-        result => result.unwrap(),
+        Err(TestError::Abort(reason)) => panic!("{reason}"),
+        Ok(()) => {}
     }
     let seen = coverage.0.into_inner();
     seen.iter().for_each(|(what, count)| println!("{count:>9}  {what}"));
