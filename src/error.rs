@@ -225,14 +225,37 @@ struct Inner {
     context: Map<String, Value>,
     timestamp_ms: u64,
     cause: Option<ControllerError>,
+    /// The message is what a worker wrote.
+    workers_words: bool,
 }
+
+/// The most bytes of what a worker wrote that are kept.
+const WORKERS_WORDS_LONGEST: usize = 1_000;
 
 // === impl ControllerError ===
 
 impl ControllerError {
     /// A new error with an empty context, stamped with the present time.
     pub fn new(code: ControllerErrorCode, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { code, message: message.into(), context: Map::new(), timestamp_ms: epoch_ms(), cause: None }))
+        Self(Box::new(Inner {
+            code,
+            message: message.into(),
+            context: Map::new(),
+            timestamp_ms: epoch_ms(),
+            cause: None,
+            workers_words: false,
+        }))
+    }
+
+    /// An error in the words of a worker, the first thousand bytes of them. They may quote the prompt: the caller sees them, the
+    /// log does not.
+    #[must_use]
+    pub fn in_workers_words(code: ControllerErrorCode, mut words: String) -> Self {
+        let end = (0..=WORKERS_WORDS_LONGEST.min(words.len())).rev().find(|end| words.is_char_boundary(*end));
+        words.truncate(end.unwrap_or(0));
+        let mut error = Self::new(code, if words.is_empty() { "the worker gave no reason".to_owned() } else { words });
+        error.0.workers_words = true;
+        error
     }
 
     /// A bad field of a request: names it and says what would be right.
@@ -271,6 +294,13 @@ impl ControllerError {
     #[must_use]
     pub fn message(&self) -> &str {
         &self.0.message
+    }
+
+    /// The message as a log may have it: without what a worker wrote.
+    #[must_use]
+    pub fn message_for_log(&self) -> &str {
+        let quotes = std::iter::successors(Some(self), |error| error.cause()).any(|error| error.0.workers_words);
+        if quotes { "in the words of its worker, which the request's metadata has" } else { &self.0.message }
     }
 
     /// The facts, under camelCase keys.
@@ -357,6 +387,17 @@ mod tests {
         assert_eq!(ControllerErrorCode::from_worker(Some("NATS_ERROR")), ControllerErrorCode::WorkerUnavailable);
         assert_eq!(ControllerErrorCode::from_worker(Some("FLUX")), ControllerErrorCode::WorkerUnavailable);
         assert_eq!(ControllerErrorCode::from_worker(None), ControllerErrorCode::WorkerUnavailable);
+    }
+
+    #[test]
+    fn a_workers_words_are_bounded_and_not_for_the_log() {
+        let error = ControllerError::in_workers_words(ControllerErrorCode::WorkerUnavailable, "ä".repeat(WORKERS_WORDS_LONGEST));
+        assert_eq!(error.message().len(), WORKERS_WORDS_LONGEST);
+        let odd = ControllerError::in_workers_words(ControllerErrorCode::WorkerUnavailable, format!("a{}", "ä".repeat(600)));
+        assert_eq!(odd.message().len(), WORKERS_WORDS_LONGEST - 1);
+        let told = ControllerError::new(ControllerErrorCode::AllRetriesExhausted, format!("it said {}", error.message()));
+        assert!(told.message_for_log().contains('ä'));
+        assert!(!told.caused_by(error).message_for_log().contains('ä'));
     }
 
     #[test]

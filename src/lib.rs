@@ -19,10 +19,14 @@ pub mod config;
 pub mod dispatch;
 pub mod error;
 mod fnv;
+#[cfg(test)]
+#[path = "../tests/common/histories.rs"]
+mod histories;
 pub mod openai;
 #[cfg(feature = "python")]
 mod python;
 pub mod routing;
+mod sync;
 pub mod telemetry;
 pub mod transport;
 pub mod wire;

@@ -281,16 +281,20 @@ def table(requests: list[dict[str, Any]]) -> None:
 
 
 def serve(fleet: Fleet) -> None:
-    print("\nServing until Ctrl-C")
-    row("OpenAI", f"{fleet.url}/v1")
-    row("fleet", f"{fleet.url}/api/cluster/workers")
-    row("requests", f"{fleet.url}/api/controller/requests")
-    row("metrics", f"{fleet.url}/metrics")
     body = json.dumps(
         {"model": "tiny", "messages": [{"role": "user", "content": "Tell me a story."}], "stream": True}
     )
-    row("to try", f"curl -N {fleet.url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
+    # From the first word on: whoever reads it may press Ctrl-C before the last one.
     with contextlib.suppress(KeyboardInterrupt):
+        print("\nServing until Ctrl-C")
+        row("OpenAI", f"{fleet.url}/v1")
+        row("fleet", f"{fleet.url}/api/cluster/workers")
+        row("requests", f"{fleet.url}/api/controller/requests")
+        row("metrics", f"{fleet.url}/metrics")
+        row(
+            "to try",
+            f"curl -N {fleet.url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
+        )
         while True:
             signal.pause()
 

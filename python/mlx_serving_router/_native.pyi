@@ -3,7 +3,7 @@
 import os
 from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, Self, TypeAlias, TypeVar, final
+from typing import Any, Final, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, final
 
 from mlx_serving_router._errors import CircuitState, ControllerError, ControllerErrorCode, ControllerState
 from mlx_serving_router._types import (
@@ -49,6 +49,11 @@ class Call(Awaitable[Any]):
     def __await__(self) -> Generator[Any, None, Any]: ...
     def __iter__(self) -> Generator[Any, None, Any]: ...
     def __next__(self) -> Any: ...
+    def throw(self, kind: Any, value: Any = None, _traceback: Any = None) -> NoReturn:
+        """A cancellation, or whatever else ends the await: the work is aborted at once."""
+
+    def close(self) -> None:
+        """The await is given up."""
 
 # === request.rs ===
 
@@ -1012,6 +1017,9 @@ class Job:
 
     def gone(self) -> Call:
         """Return when `cancelled`."""
+
+    def let_go(self) -> None:
+        """Give the place of a job of `next` back: nobody works on it any more."""
 
     def done(
         self,

@@ -10,30 +10,26 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import inspect
 import logging
 import os
 import signal
 import threading
-import traceback
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from mlx_serving_router import _logs, _native
+from mlx_serving_router import _handlers, _logs, _native
 from mlx_serving_router._config import as_config
 from mlx_serving_router._errors import ControllerError, ControllerErrorCode
-from mlx_serving_router._native import TokenEvent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from concurrent.futures import Future
     from types import FrameType, TracebackType
     from typing import Self
 
     from mlx_serving_router._controller import ControllerNode
-    from mlx_serving_router._native import ClusterConfig, InferenceRequest
+    from mlx_serving_router._handlers import Handler
+    from mlx_serving_router._native import ClusterConfig
     from mlx_serving_router.engine import Engine
-
-    Handler: TypeAlias = Callable[[InferenceRequest], AsyncIterator[str | TokenEvent]]
 
 __all__ = ["WorkerNode", "WorkerState", "add_local_worker"]
 
@@ -44,8 +40,6 @@ _logger = logging.getLogger("mlx_serving_router.worker")
 
 #: Seconds that an engine's thread, or a handler, has to end once its queue is closed.
 _ENGINE_PATIENCE: Final = 10.0
-#: A handler that never waits for anything lets its event loop go on after so many pieces.
-_BREATH: Final = 16
 
 
 class WorkerNode:
@@ -258,7 +252,7 @@ class _Runner:
     ) -> None:
         self._engine: Any = engine
         self.is_handler = not hasattr(engine, "run")
-        if self.is_handler and not _gives_pieces(engine):
+        if self.is_handler and not _handlers.gives_pieces(engine):
             raise TypeError(
                 "engine is neither an object with models and run(jobs) nor an async generator function "
                 f"(async def with yield), but {type(engine).__name__}"
@@ -355,7 +349,7 @@ class _Runner:
         tasks: set[asyncio.Task[None]] = set()
         try:
             while (job := await jobs.next()) is not None:
-                task = asyncio.create_task(_answer(job, self._engine))
+                task = asyncio.create_task(_handlers.answer(job, self._engine))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
         finally:
@@ -365,70 +359,6 @@ class _Runner:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
-
-
-async def _answer(job: _native.Job, handler: Handler) -> None:
-    """Run a handler for one job, for as long as somebody waits."""
-    generation = asyncio.create_task(_generate(job, handler))
-    gone = asyncio.ensure_future(job.gone())
-    try:
-        await asyncio.wait({generation, gone}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        gone.cancel()
-        if not generation.done():
-            generation.cancel()
-            await asyncio.wait({generation})
-
-
-async def _generate(job: _native.Job, handler: Handler) -> None:
-    try:
-        pieces = handler(job.request)
-        try:
-            await _deliver(job, pieces)
-        finally:
-            close = getattr(pieces, "aclose", None)
-            if close is not None:
-                await close()
-        job.done("stop")
-    except ControllerError as error:
-        job.error(error.code, error.message, retry_after_ms=_retry_after(error))
-    except Exception as error:  # noqa: BLE001 a handler may raise anything, and it ends its request alone
-        if not job.cancelled:
-            # Neither on the wire nor in the log: what an exception says may quote the prompt.
-            kind = type(error).__name__
-            where = "".join(traceback.format_tb(error.__traceback__))
-            _logger.error("the handler raised %s for request %s\n%s", kind, job.request.request_id, where)
-            job.error("WORKER_UNAVAILABLE", f"the worker's handler raised {kind}")
-
-
-async def _deliver(job: _native.Job, pieces: AsyncIterator[str | TokenEvent]) -> None:
-    count = 0
-    async for piece in pieces:
-        if isinstance(piece, str):
-            job.piece(piece)
-        elif isinstance(piece, TokenEvent):
-            job.event(piece)
-        else:
-            raise TypeError(f"a handler yields str or TokenEvent, not {type(piece).__name__}")
-        if job.cancelled:
-            return
-        count += 1
-        if not job.has_room:
-            await job.room()
-        elif count % _BREATH == 0:
-            await asyncio.sleep(0)
-
-
-def _retry_after(error: ControllerError) -> int | None:
-    value = error.context.get("retry_after_ms")
-    return value if isinstance(value, int) else None
-
-
-def _gives_pieces(handler: object) -> bool:
-    function: Any = handler if inspect.isroutine(handler) else getattr(handler, "__call__", None)  # noqa: B004
-    while hasattr(function, "func"):  # functools.partial
-        function = function.func
-    return callable(handler) and not inspect.iscoroutinefunction(function) and not inspect.isclass(handler)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

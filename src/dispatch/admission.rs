@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::config::AdmissionConfig;
 use crate::error::{ControllerError, ControllerErrorCode};
+use crate::sync::Mutex;
 use crate::wire::Priority;
 
 /// When somebody who found no place may come back.
@@ -222,3 +222,8 @@ impl Drop for Ticket {
         }
     }
 }
+
+#[cfg(test)]
+mod model;
+#[cfg(all(test, feature = "shuttle"))]
+mod races;

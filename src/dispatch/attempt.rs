@@ -158,6 +158,7 @@ impl Attempt {
                         () = self.cut.cancelled() => return Err(self.failed(cut_off())),
                         () = &mut self.sleep => {
                             self.look_for_the_model();
+                            self.look_for_loading();
                             if look.is_some() || self.timers.next().0 > Instant::now() {
                                 continue;
                             }
@@ -179,6 +180,15 @@ impl Attempt {
         let still = |lease: &Lease| lease.is_loading(&self.outgoing.request.model_id);
         if self.timers.is_loading() && !self.lease.as_ref().is_some_and(still) {
             self.timers.loaded(Instant::now());
+        }
+    }
+
+    /// Notes, where a limit passes, that the worker has begun to load the model since the request was sent.
+    fn look_for_loading(&mut self) {
+        let now = Instant::now();
+        let loads = |lease: &Lease| lease.is_loading(&self.outgoing.request.model_id);
+        if self.timers.may_begin_loading() && self.timers.next().0 <= now && self.lease.as_ref().is_some_and(loads) {
+            self.timers.begin_loading(self.sent, now);
         }
     }
 
@@ -285,8 +295,7 @@ impl Attempt {
             ControllerErrorCode::Cancelled => ControllerErrorCode::WorkerUnavailable,
             code => code,
         };
-        let message = if message.is_empty() { "the worker gave no reason".to_owned() } else { message };
-        let error = ControllerError::new(code, message);
+        let error = ControllerError::in_workers_words(code, message);
         let error = match code {
             // A worker drops by itself what is past its deadline.
             ControllerErrorCode::WorkerTimeout => error.with("limit", Limit::Total.as_str()),

@@ -295,6 +295,8 @@ impl Call {
                 }
             };
             if refusal != Refusal::Full {
+                // Whoever waits for a worker to be asked again waits for no place.
+                ticket = None;
                 if self.revisit(&refusal, now).await? {
                     continue;
                 }
@@ -462,7 +464,7 @@ impl Call {
             duration_ms = metadata.duration_ms,
             attempts = self.attempts,
             "request failed: {}",
-            error.message()
+            error.message_for_log()
         );
         error
     }

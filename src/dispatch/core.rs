@@ -30,6 +30,8 @@ pub(super) struct Core {
     pub(super) metrics: Arc<Metrics>,
     pub(super) events: Teller,
     pub(super) left_out: LeftOutLog,
+    /// When a worker was last turned away because the fleet is full.
+    pub(super) fleet_full_told: Mutex<Option<Instant>>,
     pub(super) limits: Limits,
     pub(super) retry: RetryPolicy,
     pub(super) budgets: Mutex<Budgets>,
@@ -82,6 +84,7 @@ impl Core {
             rng: Mutex::new(rng),
             late_told: AtomicU64::new(0),
             left_out: LeftOutLog::default(),
+            fleet_full_told: Mutex::default(),
             retry,
             metrics,
             events,

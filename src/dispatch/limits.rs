@@ -53,8 +53,20 @@ pub(super) struct Timers {
     idle_at: Option<Instant>,
     total: (Instant, Duration),
     deadline: Deadline,
-    /// Since when the worker is known to load the model, and how long it may.
-    loading: Option<(Instant, Duration)>,
+    /// How long the worker may take to load the model.
+    load_limit: Duration,
+    loading: Loading,
+}
+
+/// What is known of the worker's model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Loading {
+    /// The worker has not said that it loads it.
+    Unknown,
+    /// It loads it since then.
+    Since(Instant),
+    /// It has loaded it, and used up the time for that.
+    Over,
 }
 
 /// A limit that passed.
@@ -94,23 +106,22 @@ impl Limits {
 
     /// The timers of an attempt that is sent now. `loading`: the worker is loading the model, and gets the time for it.
     pub(super) fn timers(&self, mode: Mode, loading: bool, deadline: Deadline, now: Instant) -> Timers {
-        let extra = if loading { self.loading } else { Duration::ZERO };
-        let usual = |limit| if loading { self.loading } else { limit };
         let from_now = |limit| (later(now, limit), limit);
-        let total = from_now(extra + if mode == Mode::Buffered { self.buffered } else { self.stream });
-        let deadline = match deadline.by_caller {
-            true => deadline,
-            false => Deadline { at: later(deadline.at, extra), span: deadline.span + extra, ..deadline },
-        };
-        Timers {
-            accept: Some(from_now(usual(self.accept))),
-            first_token: (mode == Mode::Streaming).then(|| from_now(usual(self.first_token))),
+        let total = from_now(if mode == Mode::Buffered { self.buffered } else { self.stream });
+        let mut timers = Timers {
+            accept: Some(from_now(self.accept)),
+            first_token: (mode == Mode::Streaming).then(|| from_now(self.first_token)),
             idle: if mode == Mode::Streaming { self.idle } else { total.1 },
             idle_at: None,
             total,
             deadline,
-            loading: loading.then_some((now, extra)),
+            load_limit: self.loading,
+            loading: Loading::Unknown,
+        };
+        if loading {
+            timers.begin_loading(now, now);
         }
+        timers
     }
 }
 
@@ -124,12 +135,32 @@ impl Timers {
 
     /// Whether the limits still allow for the loading of the model.
     pub(super) fn is_loading(&self) -> bool {
-        self.loading.is_some()
+        matches!(self.loading, Loading::Since(_))
+    }
+
+    /// Whether the worker may still turn out to load the model: it says so in its heartbeats, which may come after the request
+    /// was sent.
+    pub(super) fn may_begin_loading(&self) -> bool {
+        self.loading == Loading::Unknown && self.idle_at.is_none()
+    }
+
+    /// The worker loads the model: until it has, the attempt that was `sent` has the time for that and not less.
+    pub(super) fn begin_loading(&mut self, sent: Instant, now: Instant) {
+        self.loading = Loading::Since(now);
+        let (from_sent, extra) = ((later(sent, self.load_limit), self.load_limit), self.load_limit);
+        self.accept = self.accept.map(|_| from_sent);
+        self.first_token = self.first_token.map(|_| from_sent);
+        self.total = (later(self.total.0, extra), self.total.1 + extra);
+        if !self.deadline.by_caller {
+            (self.deadline.at, self.deadline.span) = (later(self.deadline.at, extra), self.deadline.span + extra);
+        }
     }
 
     /// The model is loaded: the time for it that was not needed is nobody's, so that the other limits begin now.
     pub(super) fn loaded(&mut self, now: Instant) {
-        let Some((since, most)) = self.loading.take() else { return };
+        let Loading::Since(since) = self.loading else { return };
+        self.loading = Loading::Over;
+        let most = self.load_limit;
         let unused = most.saturating_sub(now.saturating_duration_since(since));
         let sooner = |(at, span): (Instant, Duration)| (at.checked_sub(unused).unwrap_or(at), span.saturating_sub(unused));
         self.total = (sooner(self.total).0, self.total.1.saturating_sub(most));
@@ -294,5 +325,20 @@ mod tests {
         assert!(!timers.is_requests_own());
         timers.loaded(now + millis(30_000));
         assert_eq!(timers.left(now), millis(50_000));
+    }
+
+    #[test]
+    fn a_model_that_turns_out_to_be_loading_gets_its_time_from_the_sending_on() {
+        let now = Instant::now();
+        let deadline = limits().deadline(Mode::Streaming, None, now);
+        let mut timers = limits().timers(Mode::Streaming, false, deadline, now);
+        timers.heard();
+        assert!(timers.may_begin_loading());
+        timers.begin_loading(now, now + millis(60_000));
+        assert_eq!(timers.next(), (now + millis(120_000), Limit::FirstToken));
+        assert!(timers.is_loading() && !timers.may_begin_loading());
+        timers.loaded(now + millis(70_000));
+        assert!(!timers.may_begin_loading());
+        assert_eq!(timers.left(now), millis(610_000));
     }
 }

@@ -15,6 +15,10 @@ use crate::transport::LocalPort;
 use crate::transport::nats::{Incoming, Link, NatsConnection, Subscription};
 use crate::wire::{ControllerNotice, Deregistration, Heartbeat, Registration, WorkerStatus, subject};
 
+/// Workers without a place in the fleet go on asking for one: the log is told when the first of them comes, and after so long
+/// without any.
+const AGAIN_AFTER: Duration = Duration::from_secs(30);
+
 /// Everything that workers say of themselves on the subjects of one prefix: one subscription, so that it arrives in order.
 pub(super) struct Ear {
     messages: Subscription,
@@ -159,7 +163,9 @@ fn registered(core: &Core, registration: &Registration, now: Instant) {
         tracing::warn!(worker_id, "a worker without incarnation registered, and is left out: each start has to have its own");
         return;
     }
-    if let Registered::Ignored(IgnoredBecause::FleetFull) = core.router.register(registration, Carrier::Nats, now) {
+    if let Registered::Ignored(IgnoredBecause::FleetFull) = core.router.register(registration, Carrier::Nats, now)
+        && core.fleet_full_told.lock().replace(now).is_none_or(|told| now.saturating_duration_since(told) >= AGAIN_AFTER)
+    {
         tracing::warn!(
             worker_id,
             max_workers = core.config.controller.max_workers,

@@ -86,7 +86,7 @@ pub(super) fn nobody_listened(error: &ControllerError) -> bool {
 /// In a total outage the fleet sees its requests, that share of them once more, and the fixed number.
 #[derive(Debug)]
 pub(super) struct Budgets {
-    share: f64,
+    percent: f64,
     floor: f64,
     models: HashMap<Box<str>, Window>,
 }
@@ -109,7 +109,7 @@ const MODELS_MAX: usize = 1_000;
 
 impl Budgets {
     pub(super) fn new(config: &RetryConfig) -> Self {
-        Self { share: config.budget_percent / 100.0, floor: config.budget_min_per_second, models: HashMap::new() }
+        Self { percent: config.budget_percent, floor: config.budget_min_per_second, models: HashMap::new() }
     }
 
     /// A request for a model that is served was sent for the first time.
@@ -119,13 +119,13 @@ impl Budgets {
 
     /// Takes the cost of one retry after `code`; false: it is not there. Timeouts have cost the fleet most, and count twice.
     pub(super) fn take(&mut self, model: &str, code: ControllerErrorCode, now: Instant) -> bool {
-        let (share, floor) = (self.share, self.floor);
+        let (percent, floor) = (self.percent, self.floor);
         let cost = if code == ControllerErrorCode::WorkerTimeout { 2.0 } else { 1.0 };
         let window = self.window(model);
         window.slice(now);
         let requests: u32 = window.slices.iter().map(|(requests, _)| requests).sum();
         let spent: f64 = window.slices.iter().map(|(_, spent)| spent).sum();
-        let affordable = spent + cost <= share * f64::from(requests) + floor;
+        let affordable = spent + cost <= percent * f64::from(requests) / 100.0 + floor;
         if affordable {
             window.slice(now).1 += cost;
         }
@@ -155,6 +155,9 @@ impl Window {
         &mut self.slices[(self.latest % SLICES as u64) as usize]
     }
 }
+
+#[cfg(test)]
+mod model;
 
 #[cfg(test)]
 mod tests {
@@ -238,5 +241,23 @@ mod tests {
         assert!(!take(&mut budgets, ControllerErrorCode::WorkerUnavailable));
         tokio::time::advance(Duration::from_secs(3_600)).await;
         assert!(take(&mut budgets, ControllerErrorCode::WorkerTimeout));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_share_is_taken_exactly() {
+        let config = RetryConfig { budget_percent: 29.0, budget_min_per_second: 0.0, ..RetryConfig::default() };
+        let mut budgets = Budgets::new(&config);
+        (0..100).for_each(|_| budgets.request("m", Instant::now()));
+        let granted = (0..100).filter(|_| budgets.take("m", ControllerErrorCode::WorkerUnavailable, Instant::now()));
+        assert_eq!(granted.count(), 29);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn models_beyond_a_thousand_share_a_budget() {
+        let mut budgets = Budgets::new(&RetryConfig { budget_min_per_second: 1.0, ..RetryConfig::default() });
+        let mut take = |model: usize| budgets.take(&model.to_string(), ControllerErrorCode::WorkerUnavailable, Instant::now());
+        assert!((0..=MODELS_MAX).all(&mut take));
+        assert!((MODELS_MAX..2 * MODELS_MAX).all(|model| !take(model)));
+        assert_eq!(budgets.models.len(), MODELS_MAX + 1);
     }
 }

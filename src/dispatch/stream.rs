@@ -89,11 +89,15 @@ impl TokenStream {
 
     fn follow(&mut self, step: Result<Step, ControllerError>) {
         match step {
-            Ok(Step::Token(token)) => self.take(token),
+            Ok(Step::Token(token)) => {
+                self.call.tokens(token.width());
+                self.give(token);
+            }
             Ok(Step::End(finish)) => self.complete(finish),
             Ok(Step::Whole(Whole { text, finish, logprobs })) => {
+                self.call.tokens(finish.usage.completion_tokens);
                 if !text.is_empty() {
-                    self.take(Token { text, index: 0, token_ids: Vec::new(), logprobs });
+                    self.give(Token { text, index: 0, token_ids: Vec::new(), logprobs });
                 }
                 self.complete(finish);
             }
@@ -104,9 +108,8 @@ impl TokenStream {
         }
     }
 
-    fn take(&mut self, token: Token) {
+    fn give(&mut self, token: Token) {
         self.call.first_token();
-        self.call.tokens(token.width());
         self.text.push_str(&token.text);
         self.ready.push(token);
     }

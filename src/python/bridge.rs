@@ -2,8 +2,8 @@
 //!
 //! The work runs on the runtime's own threads, which never take the interpreter: an awaiting task is woken through its
 //! event loop ([`super::event_loop`]), and what came of the work becomes a Python object in the loop's own thread. An await
-//! that ends in any other way lets go of its [`Call`], which aborts the work: dropping a future of the core undoes all that
-//! it holds.
+//! that ends in any other way, by a cancellation or with its [`Call`], aborts the work: dropping a future of the core undoes
+//! all that it holds.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -42,6 +42,9 @@ struct Slot<T, C>(Mutex<(Option<T>, Option<C>)>);
 trait Outcome: Send + Sync {
     /// The result as a Python object; none while there is none.
     fn take(&self, py: Python<'_>) -> Option<PyResult<Py<PyAny>>>;
+
+    /// Lets go of the result, be it there or not.
+    fn discard(&self);
 }
 
 /// Wakes however the work ends: a panic must not leave a task waiting for ever.
@@ -213,6 +216,24 @@ impl Call {
         future.flatten().ok_or_else(|| PyRuntimeError::new_err("the work was given up, or awaited before"))
     }
 
+    /// A cancellation, or whatever else ends the await: the work is aborted at once, though a traceback may hold the awaitable
+    /// for longer.
+    #[pyo3(signature = (kind, value=None, _traceback=None))]
+    fn throw(
+        &self,
+        kind: Bound<'_, PyAny>,
+        value: Option<Bound<'_, PyAny>>,
+        _traceback: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        self.give_up();
+        Err(PyErr::from_value(value.unwrap_or(kind)))
+    }
+
+    /// The await is given up.
+    fn close(&self) {
+        self.give_up();
+    }
+
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         let waits = self.0.if_here().and_then(|inner| inner.waits.as_ref());
         waits.map_or(Ok(()), |(waiter, _)| waiter.traverse(&visit))
@@ -228,6 +249,9 @@ impl Call {
         if let Some((waiter, work)) = self.0.if_here().and_then(|inner| inner.waits.as_ref()) {
             work.abort();
             waiter.forget();
+        }
+        if let Some(inner) = self.0.if_here() {
+            inner.outcome.discard();
         }
     }
 }
@@ -251,6 +275,11 @@ where
             (slot.0.take()?, slot.1.take()?)
         };
         Some(convert(py, result))
+    }
+
+    fn discard(&self) {
+        let both = std::mem::take(&mut *self.0.lock());
+        drop(both);
     }
 }
 

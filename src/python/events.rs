@@ -1,11 +1,12 @@
 //! What happens, for Python: `ControllerEvent`, and the reader of them.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use pyo3::conversion::IntoPyObjectExt;
 use pyo3::exceptions::PyStopAsyncIteration;
 use pyo3::prelude::*;
-use tokio::sync::Mutex;
+use tokio::sync::Notify;
 
 use super::runtime::OfProcess;
 use super::{bridge, errors, json};
@@ -19,7 +20,20 @@ pub(super) struct PyControllerEvent(Event);
 /// What happens from now on, until the controller has stopped. A slow reader loses the oldest events, and the next one tells
 /// how many.
 #[pyclass(frozen, module = "mlx_serving_router._native", name = "ControllerEvents")]
-pub(super) struct PyEvents(OfProcess<Arc<Mutex<Events>>>);
+pub(super) struct PyEvents(OfProcess<Arc<Reader>>);
+
+struct Reader {
+    events: tokio::sync::Mutex<Events>,
+    /// Events whose reader was cancelled after they had been taken for it: the next one gets them.
+    returned: parking_lot::Mutex<VecDeque<Event>>,
+    came_back: Notify,
+}
+
+/// An event on its way to Python. Dropped before it gets there, it goes back.
+struct Taken {
+    event: Option<Event>,
+    reader: Arc<Reader>,
+}
 
 #[pymethods]
 impl PyControllerEvent {
@@ -83,9 +97,8 @@ impl PyEvents {
     }
 
     fn __anext__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let events = Arc::clone(self.0.get()?);
-        let next = async move { events.lock().await.next().await };
-        bridge::awaitable_with(py, next, |py, event| match event {
+        let next = Arc::clone(self.0.get()?).next();
+        bridge::awaitable_with(py, next, |py, mut taken| match taken.event.take() {
             Some(event) => PyControllerEvent(event).into_py_any(py),
             None => Err(PyStopAsyncIteration::new_err(())),
         })
@@ -96,6 +109,40 @@ impl PyEvents {
 
 impl PyEvents {
     pub(super) fn new(events: Events) -> Self {
-        Self(OfProcess::new("reader of events", Arc::new(Mutex::new(events))))
+        let events = tokio::sync::Mutex::new(events);
+        let reader = Reader { events, returned: parking_lot::Mutex::default(), came_back: Notify::new() };
+        Self(OfProcess::new("reader of events", Arc::new(reader)))
+    }
+}
+
+// === impl Reader ===
+
+impl Reader {
+    /// The next event; none when the controller has stopped.
+    async fn next(self: Arc<Self>) -> Taken {
+        let mut events = self.events.lock().await;
+        let event = loop {
+            if let Some(event) = self.returned.lock().pop_front() {
+                break Some(event);
+            }
+            tokio::select! {
+                biased;
+                () = self.came_back.notified() => {}
+                event = events.next() => break event,
+            }
+        };
+        drop(events);
+        Taken { event, reader: self }
+    }
+}
+
+// === impl Taken ===
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            self.reader.returned.lock().push_back(event);
+            self.reader.came_back.notify_one();
+        }
     }
 }

@@ -152,6 +152,12 @@ impl PyJob {
         bridge::awaitable_with(py, async move { token.cancelled().await }, |py, ()| Ok(py.None()))
     }
 
+    /// Gives the place of a job of `next` back: nobody works on it any more.
+    fn let_go(&self) -> PyResult<()> {
+        self.job.get()?.let_go();
+        Ok(())
+    }
+
     /// Ends the job with success. `completion_tokens` is counted where it is `None`.
     #[pyo3(signature = (finish_reason="stop", *, prompt_tokens=0, completion_tokens=None, cached_tokens=0, tool_calls=None))]
     fn done(

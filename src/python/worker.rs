@@ -115,12 +115,13 @@ impl PyWorker {
     /// Calls `engine.run` with the queue on a thread of its own. Once.
     fn run_engine(&self, py: Python<'_>, engine: Py<PyAny>) -> PyResult<()> {
         let inner = self.0.get()?;
+        // Made before the lock: an allocation may run the collector, and with it anything.
+        let (jobs, thread) = (inner.worker.jobs(), inner.engine.clone());
+        let queue = Py::new(py, PyJobQueue(OfProcess::new("job queue", jobs.clone())))?;
         let mut handle = inner.engine.handle.lock();
         if handle.is_some() || *inner.engine.returned.borrow() {
             return Err(PyRuntimeError::new_err("an engine runs once"));
         }
-        let (jobs, thread) = (inner.worker.jobs(), inner.engine.clone());
-        let queue = Py::new(py, PyJobQueue(OfProcess::new("job queue", jobs.clone())))?;
         let run = move || {
             let words = Python::try_attach(|py| {
                 let result = engine.bind(py).call_method1("run", (queue,));

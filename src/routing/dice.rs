@@ -1,6 +1,6 @@
 //! Random numbers for many threads from one seed, without a lock.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// A seeded source of generators: with one thread, the same seed gives the same generators in the same order.
 #[derive(Debug)]

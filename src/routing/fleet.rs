@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -12,6 +11,7 @@ use tokio::time::Instant;
 use super::rendezvous;
 use super::settings::RouterSettings;
 use super::worker::{Standing, Worker};
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::wire::WorkerId;
 
 #[derive(Debug, Default)]

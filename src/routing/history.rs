@@ -1,6 +1,6 @@
 //! What is remembered of an id beyond one life of it: the incarnations that are over, and how often it came back.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +22,8 @@ pub(super) struct History {
 #[derive(Debug, Default)]
 pub(super) struct Departed {
     histories: HashMap<WorkerId, (History, Instant)>,
-    order: VecDeque<(WorkerId, Instant)>,
+    /// Whoever was not heard from for longest comes first.
+    order: BTreeSet<(Instant, WorkerId)>,
 }
 
 /// Incarnations remembered for each id.
@@ -78,27 +79,28 @@ impl Departed {
     }
 
     pub(super) fn take(&mut self, id: &WorkerId) -> Option<History> {
-        self.histories.remove(id).map(|(history, _)| history)
+        let (id, (history, last_seen)) = self.histories.remove_entry(id)?;
+        self.order.remove(&(last_seen, id));
+        Some(history)
     }
 
     pub(super) fn insert(&mut self, id: WorkerId, history: History, cap: usize, last_seen: Instant) {
-        self.histories.insert(id.clone(), (history, last_seen));
-        self.order.push_back((id, last_seen));
+        self.take(&id);
+        self.order.insert((last_seen, id.clone()));
+        self.histories.insert(id, (history, last_seen));
         while self.order.len() > cap {
             self.forget_oldest();
         }
     }
 
     pub(super) fn expire(&mut self, now: Instant) {
-        while self.order.front().is_some_and(|(_, since)| now.saturating_duration_since(*since) >= REMEMBERED_FOR) {
+        while self.order.first().is_some_and(|(since, _)| now.saturating_duration_since(*since) >= REMEMBERED_FOR) {
             self.forget_oldest();
         }
     }
 
     fn forget_oldest(&mut self) {
-        if let Some((id, since)) = self.order.pop_front()
-            && self.histories.get(&id).is_some_and(|(_, last_seen)| *last_seen == since)
-        {
+        if let Some((_, id)) = self.order.pop_first() {
             self.histories.remove(&id);
         }
     }

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +15,7 @@ use super::selection::{LeftOut, Query};
 use super::sessions::Binding;
 use super::worker::{Carrier, Worker};
 use crate::error::{BreakerEffect, ControllerErrorCode};
+use crate::sync::Mutex;
 use crate::wire::{Feature, PrefixHashes, WorkerId};
 
 /// How an attempt ended, as far as the worker is concerned.

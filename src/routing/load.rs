@@ -3,11 +3,12 @@
 //! Load = own requests in flight + what its latest report says of requests that are not ours. A report is ignored when it
 //! is older than three heartbeats. Counts are kept by [`Lease`](super::Lease)s, which take them back on any end.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use tokio::time::Instant;
+
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 #[derive(Debug)]
 pub(super) struct Load {

@@ -23,6 +23,8 @@ mod history;
 mod lease;
 mod load;
 mod prefixes;
+#[cfg(all(test, feature = "shuttle"))]
+mod races;
 mod registry;
 mod rendezvous;
 mod router;

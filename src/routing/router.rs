@@ -3,10 +3,8 @@
 //! Locks are held for a few instructions, never while the observer runs.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::{ArcSwap, Guard};
-use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -21,6 +19,8 @@ use super::settings::RouterSettings;
 use super::snapshot::WorkerSnapshot;
 use super::worker::{Carrier, Worker};
 use crate::config::Strategy;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::wire::{Heartbeat, PrefixHashes, Registration, WorkerId};
 
 /// The deciding core: who is in the fleet, and who gets a request.

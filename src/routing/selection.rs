@@ -189,7 +189,8 @@ impl Router {
         };
         let online = || model.workers.iter().filter(|worker| worker.standing().is_online());
         let admitted = online().filter(|worker| worker.admits(self.settings(), false, now)).count();
-        (admitted as f64) < (1.0 - breakers.max_open) * online().count() as f64
+        let all = online().count();
+        all.saturating_sub(admitted) as f64 / all as f64 > breakers.max_open
     }
 
     /// Takes a place and a permit; `None` when the worker cannot give them any more.

@@ -3,9 +3,7 @@
 //! What selections ask for is in atomics; the rest lies behind a small lock. Only the registry changes a standing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -14,6 +12,8 @@ use super::load::Load;
 use super::rendezvous;
 use super::sessions::Binding;
 use super::settings::RouterSettings;
+use crate::sync::atomic::{AtomicU8, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 use crate::wire::{Capacity, Feature, Heartbeat, Phase, Registration, WorkerId, WorkerStatus};
 
 /// Who carries requests to a worker.

@@ -1,16 +1,16 @@
 //! The way back of one attempt: a bounded queue from whatever carries the replies to the attempt that waits for them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::mpsc;
 
 use crate::error::ControllerError;
+use crate::sync::Mutex;
 use crate::wire::Reply;
 
 /// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far
-/// beyond what gathers while an attempt waits its turn; only a reader that stalls lets it fill up.
-const CAPACITY: usize = 1024;
+/// beyond what gathers while an attempt waits its turn; only a reader that stalls lets it fill up, or a test of races.
+const CAPACITY: usize = if cfg!(feature = "shuttle") { 3 } else { 1024 };
 
 /// What arrives for an attempt.
 #[derive(Debug)]
@@ -30,7 +30,6 @@ pub enum Delivery {
 #[derive(Debug)]
 pub struct Mailbox {
     receiver: mpsc::Receiver<Delivery>,
-    overflowed: Arc<AtomicBool>,
     on_drop: OnDrop,
 }
 
@@ -38,7 +37,8 @@ pub struct Mailbox {
 #[derive(Clone, Debug)]
 pub struct Postbox {
     sender: mpsc::Sender<Delivery>,
-    overflowed: Arc<AtomicBool>,
+    /// The place that is kept for [`Delivery::Overflow`]; `None` once that is posted.
+    last: Arc<Mutex<Option<mpsc::OwnedPermit<Delivery>>>>,
 }
 
 /// Runs when it is dropped.
@@ -48,9 +48,9 @@ pub(super) struct OnDrop(Option<Box<dyn FnOnce() + Send + Sync>>);
 /// A mailbox and the way into it.
 #[must_use]
 pub fn mailbox() -> (Postbox, Mailbox) {
-    let (sender, receiver) = mpsc::channel(CAPACITY);
-    let overflowed = Arc::<AtomicBool>::default();
-    (Postbox { sender, overflowed: overflowed.clone() }, Mailbox { receiver, overflowed, on_drop: OnDrop::default() })
+    let (sender, receiver) = mpsc::channel(CAPACITY + 1);
+    let last = Arc::new(Mutex::new(sender.clone().try_reserve_owned().ok()));
+    (Postbox { sender, last }, Mailbox { receiver, on_drop: OnDrop::default() })
 }
 
 // === impl Mailbox ===
@@ -65,17 +65,12 @@ impl Mailbox {
 
     /// The next delivery; `None` when the carrier has gone.
     pub async fn recv(&mut self) -> Option<Delivery> {
-        match self.try_recv() {
-            Some(delivery) => Some(delivery),
-            // It cannot overflow before there is something to receive.
-            None => self.receiver.recv().await,
-        }
+        self.receiver.recv().await
     }
 
     /// The next delivery if it is there already.
     pub fn try_recv(&mut self) -> Option<Delivery> {
-        let overflowed = self.overflowed.load(Ordering::Acquire);
-        self.receiver.try_recv().ok().or_else(|| overflowed.then_some(Delivery::Overflow))
+        self.receiver.try_recv().ok()
     }
 }
 
@@ -85,13 +80,18 @@ impl Postbox {
     /// Posts, without waiting. `false`: the attempt is over, or its mailbox is full. One that was full once takes nothing
     /// more, and ends with [`Delivery::Overflow`].
     pub fn post(&self, delivery: Delivery) -> bool {
-        if self.overflowed.load(Ordering::Relaxed) {
+        // Held until it is posted: nothing comes after the word that more came than fits.
+        let mut last = self.last.lock();
+        if last.is_none() {
             return false;
         }
         match self.sender.try_send(delivery) {
             Ok(()) => true,
             Err(mpsc::error::TrySendError::Full(_)) => {
-                self.overflowed.store(true, Ordering::Release);
+                // The word is a delivery of its own: it wakes a reader that has come to the end in the meantime.
+                if let Some(place) = last.take() {
+                    place.send(Delivery::Overflow);
+                }
                 false
             }
             Err(mpsc::error::TrySendError::Closed(_)) => false,
@@ -137,3 +137,6 @@ impl std::fmt::Debug for OnDrop {
         f.write_str("OnDrop")
     }
 }
+
+#[cfg(all(test, feature = "shuttle"))]
+mod races;

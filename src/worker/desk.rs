@@ -1,13 +1,14 @@
 //! The desk: it takes attempts in, hands them out in order, and sees to it that each meets exactly one end.
 //!
 //! A taken attempt is `accepted` at once, waits by priority and then by arrival, is handed out while fewer than
-//! `max_concurrent` are, and gives its place back the moment it ends, whatever the engine still does with it. It ends by
-//! the engine's word, by its deadline, by a cancellation, with its controller, or with the worker. The desk knows nothing
-//! of NATS and of engines.
+//! `max_concurrent` are, and gives its place back the moment it ends; one that was handed to a task (`next`) and ends by
+//! another's word gives it back when the task lets go of it, so that what is cancelled and still winds up counts. It ends by the engine's word, by its
+//! deadline, by a cancellation, with its controller, or with the worker. The desk knows nothing of NATS and of engines.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -49,6 +50,10 @@ pub(super) struct Attempt {
     timeout: Duration,
     place: Place,
     size: usize,
+    /// It is one of those that run.
+    runs: AtomicBool,
+    /// An end by another's word does not take it out of those.
+    pub(super) runs_on: AtomicBool,
 }
 
 /// What makes an attempt this one.
@@ -170,6 +175,8 @@ impl Desk {
             timeout,
             place,
             size,
+            runs: AtomicBool::new(false),
+            runs_on: AtomicBool::new(false),
         });
         let before = floor.waiting.range(..place).count();
         taken.answer.accept(u32::try_from(before).unwrap_or(u32::MAX));
@@ -244,8 +251,9 @@ impl Desk {
         if floor.live.remove(&taken.key).is_none() {
             return;
         }
-        if floor.waiting.remove(&taken.place).is_none() {
-            floor.running -= 1;
+        floor.waiting.remove(&taken.place);
+        if !taken.runs_on.load(Ordering::Relaxed) {
+            floor.free(taken);
         }
         floor.deadlines.remove(&(taken.deadline, taken.place.1));
         floor.held_bytes -= taken.size;
@@ -259,6 +267,12 @@ impl Desk {
         }
     }
 
+    /// Whoever worked on an attempt does so no more.
+    pub(super) fn let_go(&self, taken: &Attempt) {
+        self.floor.lock().free(taken);
+        self.offer_work();
+    }
+
     /// The next attempt to work on, where there is one and a place for it.
     fn pick(&self, floor: &mut Floor) -> Option<Arc<Attempt>> {
         let limit = self.limits.max_concurrent as usize;
@@ -267,6 +281,7 @@ impl Desk {
         }
         let (_, taken) = floor.waiting.pop_first()?;
         floor.running += 1;
+        taken.runs.store(true, Ordering::Relaxed);
         Some(taken)
     }
 
@@ -293,7 +308,7 @@ impl Desk {
         }
     }
 
-    /// The next attempt; none when the desk is closed.
+    /// The next attempt, which runs until [`Self::let_go`]; none when the desk is closed.
     pub(super) async fn next(&self) -> Option<Arc<Attempt>> {
         loop {
             let work = self.work_async.notified();
@@ -302,6 +317,7 @@ impl Desk {
             {
                 let mut floor = self.floor.lock();
                 if let Some(taken) = self.pick(&mut floor) {
+                    taken.runs_on.store(true, Ordering::Relaxed);
                     return Some(taken);
                 }
                 if floor.doors == Doors::Closed {
@@ -446,6 +462,17 @@ impl Desk {
     fn offer_work(&self) {
         self.work.notify_one();
         self.work_async.notify_one();
+    }
+}
+
+// === impl Floor ===
+
+impl Floor {
+    /// Takes an attempt out of those that run, once.
+    fn free(&mut self, taken: &Attempt) {
+        if taken.runs.swap(false, Ordering::Relaxed) {
+            self.running -= 1;
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The work of an engine.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -34,7 +35,8 @@ impl JobQueue {
         self.0.get(timeout).map(|attempt| Job { desk: self.0.clone(), attempt })
     }
 
-    /// The next job; none when the queue is closed. A dropped future loses no job.
+    /// The next job, for a task of its own: where it ends by another's word it keeps its place until [`Job::let_go`]. None when the queue is closed. A
+    /// dropped future loses no job.
     pub async fn next(&self) -> Option<Job> {
         let attempt = self.0.next().await?;
         Some(Job { desk: self.0.clone(), attempt })
@@ -124,6 +126,7 @@ impl Job {
     /// Ends it well. `completion_tokens` of the usage is counted where it is none; the time is the runtime's.
     pub fn done(&self, mut finish: Finish, completion_tokens: Option<u64>) {
         let attempt = &self.attempt;
+        attempt.runs_on.store(false, Ordering::Relaxed);
         if attempt.answer.close() {
             finish.usage.completion_tokens = completion_tokens.unwrap_or_else(|| attempt.answer.tokens());
             finish.latency_ms = (attempt.arrived.elapsed().as_secs_f64() * 1e6).round() / 1e3;
@@ -132,8 +135,14 @@ impl Job {
         }
     }
 
+    /// Nobody works on it any more: a job of [`JobQueue::next`] that was cancelled gives its place back.
+    pub fn let_go(&self) {
+        self.desk.let_go(&self.attempt);
+    }
+
     /// Ends it badly.
     pub fn error(&self, code: &str, message: &str, retry_after_ms: Option<i64>) {
+        self.attempt.runs_on.store(false, Ordering::Relaxed);
         self.desk.end(&self.attempt, code, message, retry_after_ms);
     }
 }
@@ -142,6 +151,7 @@ impl Drop for Job {
     fn drop(&mut self) {
         let code = ControllerErrorCode::WorkerUnavailable.as_str();
         self.desk.end(&self.attempt, code, "the engine let go of the request without an end", None);
+        self.let_go();
     }
 }
 

@@ -64,6 +64,7 @@ async fn a_whole_answer_to_a_streaming_request_is_one_token() {
     worker(&controller, "w", &[Respond("all at once")]);
     let mut stream = streaming(&controller).await.unwrap();
     assert_eq!(read(&mut stream).await.unwrap(), "all at once");
+    assert_eq!(stream.response().unwrap().metadata.tokens, 3);
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import pickle
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -417,6 +418,22 @@ async def test_what_happens_is_told() -> None:
         event = await asyncio.wait_for(anext(events), PATIENCE)
         assert (event.kind, event.worker_id) == ("breaker_changed", "w")
         assert set(event.to_dict()) == {"kind", "workerId", "timestamp", "details", "lost"}
+
+
+async def test_a_reader_that_is_cancelled_loses_no_event() -> None:
+    async with ControllerNode(config()) as controller:
+        controller.add_local_worker(tiny, worker_id="w", models=["tiny"])
+        events = controller.events()
+        reading = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        controller.force_open_circuit_breaker("w")
+        time.sleep(0.05)  # noqa: ASYNC251 the event comes while the loop does not look
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        controller.reset_circuit_breaker("w")
+        changes = [(await asyncio.wait_for(anext(events), PATIENCE)).details["to"] for _ in range(2)]
+        assert changes == ["FORCED_OPEN", "CLOSED"]
 
 
 async def test_numbers_for_prometheus() -> None:

@@ -237,7 +237,7 @@ async def test_a_retry_a_breaker_and_who_is_left_out(log: Log) -> None:
     assert failed.code == "NO_WORKERS_AVAILABLE"
     await log.one(
         "dispatch.call",
-        f"request failed: {failed.message}",
+        "request failed: in the words of its worker, which the request's metadata has",
         "ERROR",
         request_id="last",
         worker_id="b",
@@ -510,6 +510,27 @@ async def test_a_refusal_leaves_no_trace_of_a_request(
         error = await failure(controller.handle_buffered_request(secretive(**fields)))
     assert error.code in ("REQUEST_VALIDATION_FAILED", "INVALID_SESSION_ID")
     assert await leaks(log, caplog, *traces(error)) == []
+
+
+@pytest.mark.nats
+async def test_what_a_worker_writes_is_for_the_caller_alone(
+    log: Log, caplog: pytest.LogCaptureFixture, nats: NatsServer, nats_prefix: str
+) -> None:
+    quotes: list[dict[str, Any] | str] = [{"type": "error", "error": f"too long: {SECRET}"}]
+    async with Cluster(nats.url, nats_prefix, workers=2, plan=babbles(quotes)) as cluster:
+        error = await failure(cluster.buffered())
+    assert SECRET in str(error.__cause__)
+    assert await leaks(log, caplog) == []
+    await log.one(
+        "dispatch.call",
+        "request failed: in the words of its worker, which the request's metadata has",
+        "ERROR",
+        request_id=str,
+        worker_id=str,
+        code="NO_WORKERS_AVAILABLE",
+        duration_ms=float,
+        attempts=2,
+    )
 
 
 @pytest.mark.nats

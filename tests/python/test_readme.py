@@ -1,4 +1,4 @@
-"""The README's programs run as they are written, and its links lead somewhere."""
+"""The programs of the README and of docs/routing.md run as they are written, and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ DOCUMENTS = [
     *ROOT.glob("docs/*.md"),
     *ROOT.glob("examples/*/README.md"),
 ]
-PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-PRINTED = ["HELLO FROM ONE PROCESS \n", "to the worker and back \nstop 5\n"]
+PROGRAMS = [
+    program
+    for document in ("README.md", "docs/routing.md")
+    for program in re.findall(
+        r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL
+    )
+]
+PRINTED = ["HELLO FROM ONE PROCESS \n", "to the worker and back \nstop 5\n", "rendezvous []\n"]
 
 
 def test_every_program_is_tested() -> None:
@@ -29,7 +35,7 @@ def test_every_program_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "printed"), list(zip(PROGRAMS, PRINTED, strict=False)), ids=["first", "nats"]
+    ("source", "printed"), list(zip(PROGRAMS, PRINTED, strict=False)), ids=["first", "nats", "router"]
 )
 def test_a_program_prints_what_it_should_and_ends_quietly(source: str, printed: str, tmp_path: Path) -> None:
     file = tmp_path / "program.py"

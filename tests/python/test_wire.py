@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 import nats as nats_py
 import pytest
 
-from cluster import PATIENCE, Cluster, ask, failure, read, settings, until
+from cluster import PATIENCE, Cluster, ask, failure, read, settings, text, until
 from mlx_serving_router import ControllerError, ControllerNode, InferenceRequest, TokenEvent, WorkerNode
-from rawworker import ANSWER, RawWorker, answers, fails, in_turn, stalls
+from rawworker import ANSWER, RawWorker, answers, fails, in_turn, stalls, waits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -660,3 +660,21 @@ async def test_limits_begin_when_a_model_is_loaded(nats: NatsServer, nats_prefix
             error = await call
         assert (error.code, error.context["limit"]) == ("WORKER_TIMEOUT", "total")
         await worker.told_to_stop()
+
+
+@pytest.mark.nats
+async def test_a_model_that_turns_out_to_be_loading_gets_its_time(nats: NatsServer, nats_prefix: str) -> None:
+    release = asyncio.Event()
+    limits = {"streamingTimeoutMs": 400, "modelLoadTimeoutMs": 60_000, "retry": {"enabled": False}}
+    plan = waits(release, answers())
+    async with Cluster(nats.url, nats_prefix, plan=plan, requestRouting=limits) as cluster:
+        worker = cluster.worker
+        call = asyncio.create_task(cluster.streaming())
+        await worker.asked()
+        worker.loading = ["tiny"]
+        await worker.beat()
+        done, _ = await asyncio.wait({call}, timeout=0.8)
+        assert not done
+        release.set()
+        async with asyncio.timeout(PATIENCE):
+            assert text(await read(await call)) == ANSWER

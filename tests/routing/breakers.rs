@@ -69,6 +69,26 @@ fn case_14_every_second_request_fails_and_the_rate_opens_it() {
 }
 
 #[test]
+fn shares_are_compared_exactly() {
+    let world = World::with(|settings| {
+        let breaker = settings.breaker.as_mut().unwrap();
+        (breaker.failure_rate, breaker.minimum_requests, breaker.max_open) = (28.0 / 100.0, 25, 70.0 / 100.0);
+    });
+    (0..10).for_each(|number| world.join(number, 0));
+    for worker in (0..7).map(|number| format!("w{number}")) {
+        world.finish(&worker, FAILURE, 4);
+        world.finish(&worker, Outcome::Success, 18);
+        world.finish(&worker, FAILURE, 2);
+        assert_eq!(world.state(&worker), CircuitState::Closed);
+        world.finish(&worker, FAILURE, 1);
+        assert_eq!(world.state(&worker), CircuitState::Open, "7 of 25 are 28 %");
+    }
+    let leases: Vec<_> = (0..30).map(|_| world.select().unwrap()).collect();
+    let admitted = |worker: &str| world.state(worker) == CircuitState::Closed;
+    assert!(leases.iter().all(|lease| admitted(lease.worker_id())), "7 of 10 are not more than 70 %");
+}
+
+#[test]
 fn what_has_left_the_window_does_not_open_it() {
     let mut world = World::of(1, 0);
     for _ in 0..4 {
@@ -221,8 +241,9 @@ fn the_time_to_be_open_doubles_up_to_its_limit_and_shrinks_in_calm() {
         within(&world, seconds);
         world.now += world.stats("w0").retry_after.unwrap();
     }
+    // Growth beyond the limit would only delay forgiveness: 2⁴ is the first factor that reaches it.
     world.finish("w0", Outcome::Success, 2);
-    world.pass(30_000 * 4);
+    world.pass(30_000 * 3);
     world.finish("w0", FAILURE, 5);
     within(&world, 60);
     world.now += world.stats("w0").retry_after.unwrap();

@@ -5,6 +5,7 @@
 mod breakers;
 mod histories;
 mod membership;
+mod models;
 mod prefixes;
 mod refusals;
 mod selection;
@@ -40,11 +41,15 @@ impl World {
     }
 
     fn with(change: impl FnOnce(&mut RouterSettings)) -> Self {
+        Self::seeded(7, change)
+    }
+
+    fn seeded(seed: u64, change: impl FnOnce(&mut RouterSettings)) -> Self {
         let mut settings = RouterSettings::try_from(&ClusterConfig::default()).unwrap();
         change(&mut settings);
         let events = Arc::new(Mutex::new(Vec::new()));
         let told = events.clone();
-        let router = Router::new(settings, 7, Box::new(move |event| told.lock().push(event)));
+        let router = Router::new(settings, seed, Box::new(move |event| told.lock().push(event)));
         Self { router, now: Instant::now(), events }
     }
 

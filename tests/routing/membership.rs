@@ -97,6 +97,20 @@ fn sixteen_incarnations_are_remembered() {
 }
 
 #[test]
+fn one_that_leaves_again_and_again_makes_nobody_elses_past_forgotten() {
+    let mut world = World::with(|settings| settings.max_workers = 2);
+    world.join(0, 0);
+    world.router.deregister(&id("w0"), world.now);
+    world.router.expire(world.now);
+    for _ in 0..3 {
+        world.pass(100);
+        world.join(1, 0);
+        world.router.remove(&id("w1"));
+    }
+    assert_eq!(world.beat(&heartbeat("w0", "1", 1)), HeartbeatVerdict::Ignored);
+}
+
+#[test]
 fn older_sequences_are_ignored() {
     let world = World::of(1, 0);
     let mut loading = heartbeat("w0", "1", 5);

@@ -5,7 +5,7 @@ use mlx_serving_router::config::ClusterConfig;
 use mlx_serving_router::error::ControllerErrorCode as Code;
 
 use crate::caller::Met;
-use crate::machine::{Post, Posted, Served};
+use crate::machine::{Post, Posted, Served, WHOLE_TOKENS};
 
 /// An end of an attempt, and when. No code: the answer is complete.
 pub type Ending = (Option<Code>, u64);
@@ -113,8 +113,9 @@ pub fn meaning(code: Option<&str>) -> Code {
     }
 }
 
-/// The text and the tokens of an answer, up to its end or to what is wrong in it.
-pub fn said(served: &Served) -> (String, u64) {
+/// The text of an answer, the places of its tokens, and the tokens that its worker counts, up to its end or to what is wrong
+/// in it.
+pub fn said(served: &Served) -> (String, u64, u64) {
     let (mut text, mut expected) = (String::new(), 0);
     for Posted { post, .. } in &served.posts {
         match post {
@@ -123,11 +124,11 @@ pub fn said(served: &Served) -> (String, u64) {
                 text.push_str(more);
                 expected += width;
             }
-            Post::Response(whole) if expected == 0 => return (whole.clone(), u64::from(!whole.is_empty())),
+            Post::Response(whole) if expected == 0 => return (whole.clone(), u64::from(!whole.is_empty()), WHOLE_TOKENS),
             _ => break,
         }
     }
-    (text, expected)
+    (text, expected, expected)
 }
 
 /// Whether the worker's last word on it was that nobody should try again.

@@ -319,7 +319,7 @@ impl Judged<'_> {
             expected = token.index + token.width();
         }
         let last = self.served.iter().max_by_key(|served| served.attempt);
-        let (said, count) = last.map_or_else(Default::default, |served| attempts::said(served));
+        let (said, places, count) = last.map_or_else(Default::default, |served| attempts::said(served));
         let text: String = tokens.iter().map(|token| token.text.as_str()).collect();
         if !said.starts_with(&text) {
             complaints.push(format!("it was told {text:?}, and {last:?} said {said:?}"));
@@ -329,7 +329,7 @@ impl Judged<'_> {
             if !whole || last.is_none_or(|served| served.worker != answer.worker_id.as_str()) {
                 complaints.push(format!("its answer is {:?} by {}, and {last:?} said {said:?}", answer.text, answer.worker_id));
             }
-            if self.met.call.streaming && (text != answer.text || expected != count) {
+            if self.met.call.streaming && (text != answer.text || expected != places) {
                 complaints.push(format!("its stream said {text:?}, and its answer {:?}", answer.text));
             }
             if self.met.metadata.as_ref() != Some(&*answer.metadata) {

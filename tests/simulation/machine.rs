@@ -19,6 +19,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::plan::{Act, BEAT_MS, CODES, Dice, MachinePlan, Mood};
 use crate::world::World;
 
+/// What a worker counts of an answer that it gives in one piece.
+pub const WHOLE_TOKENS: u64 = 3;
+
 /// One attempt, as the worker saw it.
 pub struct Served {
     pub prompt: String,
@@ -503,7 +506,7 @@ fn delivery(post: &Post) -> Delivery {
             Reply::Token(Token { text: text.clone(), index: *index, token_ids, logprobs: None })
         }
         Post::Done(tokens) => Reply::Done(finish(*tokens)),
-        Post::Response(text) => Reply::Response { text: text.clone(), finish: finish(3), logprobs: None },
+        Post::Response(text) => Reply::Response { text: text.clone(), finish: finish(WHOLE_TOKENS), logprobs: None },
         Post::Error { code, after } => {
             Reply::Error { message: "as told".into(), code: code.map(Into::into), retry_after_ms: *after }
         }

@@ -130,7 +130,8 @@ async fn a_deadline_ends_the_queued_and_the_running_and_frees_their_places() {
     let mut queued = local.ask(request("b", true), 1, Duration::from_secs(1)).await;
     accepted(&mut running).await;
     accepted(&mut queued).await;
-    let job = local.job().await;
+    let engine = local.worker.jobs();
+    let job = engine.get(Some(Duration::ZERO)).unwrap();
     let start = tokio::time::Instant::now();
     assert_eq!(error(&mut queued).await.0, "WORKER_TIMEOUT");
     assert_eq!(start.elapsed().as_secs(), 1);
@@ -140,7 +141,8 @@ async fn a_deadline_ends_the_queued_and_the_running_and_frees_their_places() {
     assert!(job.cancelled().is_cancelled());
     let mut next = local.ask_stream("c").await;
     accepted(&mut next).await;
-    assert_eq!(local.job().await.request().request_id, "c", "the place is free although the engine holds on");
+    let next = engine.get(Some(Duration::ZERO)).unwrap();
+    assert_eq!(next.request().request_id, "c", "the place is free although the engine holds on");
     job.token("late", &[1], None);
     job.done(finish(), None);
     drop(job);
@@ -161,6 +163,23 @@ async fn a_cancellation_ends_it_at_once_and_the_engine_is_told() {
     job.error("WORKER_UNAVAILABLE", "late", None);
     drop(job);
     assert!(mailbox.recv().await.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_handed_to_a_task_keeps_its_place_until_the_task_lets_go() {
+    let local = Local::start(1, 4).await;
+    let _mailboxes = [local.ask_stream("a").await, local.ask_stream("b").await, local.ask_stream("c").await];
+    let jobs = local.worker.jobs();
+    let a = local.job().await;
+    local.hub.cancel(local.worker.id(), "a", 1);
+    a.cancelled().cancelled().await;
+    assert!(tokio::time::timeout(Duration::from_secs(1), jobs.next()).await.is_err(), "it is still being worked on");
+    a.let_go();
+    let b = local.job().await;
+    drop(a);
+    assert!(jobs.get(Some(Duration::ZERO)).is_none(), "a place was given back twice");
+    drop(b);
+    assert_eq!(jobs.get(Some(Duration::ZERO)).unwrap().request().request_id, "c");
 }
 
 #[tokio::test(start_paused = true)]

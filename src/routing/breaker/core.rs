@@ -236,7 +236,7 @@ impl Core {
         let end = Tally { requests: 1, failures: u32::from(failed), slow: u32::from(permit.slow) };
         let window = self.window.add(end, now);
         let share_opens = |part: u32| {
-            window.requests >= settings.minimum_requests && f64::from(part) >= settings.failure_rate * f64::from(window.requests)
+            window.requests >= settings.minimum_requests && f64::from(part) / f64::from(window.requests) >= settings.failure_rate
         };
         let reason = if self.consecutive_failures >= settings.failure_threshold {
             BreakerReason::ConsecutiveFailures
@@ -269,7 +269,7 @@ impl Core {
             Verdict::Success => self.probe_succeeded(settings, now),
             Verdict::Effect(BreakerEffect::Failure) => {
                 self.count_failure(now);
-                self.backoff = self.backoff.saturating_add(1);
+                self.backoff += u32::from(self.open_for(settings) < settings.open_for_max);
                 Some(self.open(settings, BreakerReason::ProbeFailed, dice, now))
             }
         }
@@ -294,11 +294,15 @@ impl Core {
         self.last_failure = Some(now);
     }
 
-    fn open(&mut self, settings: &BreakerSettings, reason: BreakerReason, dice: &Dice, now: Instant) -> Transition {
+    /// How long it is to be open, before jitter.
+    fn open_for(&self, settings: &BreakerSettings) -> Duration {
         let factor = 1_u32.checked_shl(self.backoff).unwrap_or(u32::MAX);
-        let length = settings.open_for.saturating_mul(factor).min(settings.open_for_max);
+        settings.open_for.saturating_mul(factor).min(settings.open_for_max)
+    }
+
+    fn open(&mut self, settings: &BreakerSettings, reason: BreakerReason, dice: &Dice, now: Instant) -> Transition {
         let jitter = 1.0 + JITTER * (2.0 * dice.roll().f64() - 1.0);
-        self.until = now + length.mul_f64(jitter);
+        self.until = now + self.open_for(settings).mul_f64(jitter);
         self.opened_count += 1;
         self.go(CircuitState::Open, reason, now)
     }

@@ -3,7 +3,7 @@
 //! | from | to | when |
 //! |---|---|---|
 //! | CLOSED | OPEN | `failure_threshold` consecutive failures, or too large a share of failures, or of slow first tokens, in the window |
-//! | OPEN | HALF_OPEN | `open_for × 2ⁿ`, at most `open_for_max`, ± 20 %, have passed; n grows by one with each failed probe and falls by one for each `open_for` spent CLOSED |
+//! | OPEN | HALF_OPEN | `open_for × 2ⁿ`, at most `open_for_max`, ± 20 %, have passed; n grows by one with each failed probe until that makes no difference, and falls by one for each `open_for` spent CLOSED |
 //! | HALF_OPEN | CLOSED | `success_threshold` probes succeeded |
 //! | HALF_OPEN | OPEN | a probe failed |
 //!
@@ -18,10 +18,8 @@
 mod core;
 mod window;
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -29,6 +27,8 @@ use self::core::Core;
 pub(super) use self::core::{Permit, Transition, Verdict};
 use super::dice::Dice;
 use super::settings::BreakerSettings;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// The state of a breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]

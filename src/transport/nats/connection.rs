@@ -2,6 +2,7 @@
 //! watched, errors that say what to do.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::connection::State;
@@ -9,6 +10,7 @@ use async_nats::{Client, ConnectOptions, Event, HeaderMap, StatusCode};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::NatsConfig;
 use crate::error::{ControllerError, ControllerErrorCode};
@@ -24,6 +26,8 @@ const RECONNECT_LONGEST: Duration = Duration::from_secs(2);
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 /// How long the last messages may take to leave when a connection is closed.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// How often the state that events told is compared with the client's own.
+const COMPARE_EVERY: Duration = Duration::from_millis(500);
 
 /// A connection. Clones share it; it closes with [`NatsConnection::close`] or when the last clone goes.
 #[derive(Clone, Debug)]
@@ -32,6 +36,8 @@ pub struct NatsConnection {
     link: watch::Receiver<Link>,
     prefix: Arc<str>,
     servers: usize,
+    /// Ends with the last clone, and lets go of the client then.
+    _compares: Arc<AbortOnDropHandle<()>>,
 }
 
 /// The state of a connection.
@@ -72,10 +78,12 @@ impl NatsConnection {
         // One that does not answer leaves time for the others.
         let share = limit / u32::try_from(urls.len()).unwrap_or(u32::MAX).max(1);
         let (states, link) = watch::channel(Link::default());
+        let states = Arc::new(states);
+        let told = Arc::clone(&states);
         let options = options(config, client_name)
             .await?
             .event_callback(move |event| {
-                note(&states, &event);
+                note(&told, &event);
                 std::future::ready(())
             })
             .connection_timeout(share);
@@ -90,7 +98,16 @@ impl NatsConnection {
             )
         };
         match tokio::time::timeout(limit, options.connect(urls)).await {
-            Ok(Ok(client)) => Ok(Self { client, link, prefix: config.subject_prefix.as_str().into(), servers: urls.len() }),
+            Ok(Ok(client)) => {
+                let compares = tokio::spawn(compare(client.clone(), states));
+                Ok(Self {
+                    client,
+                    link,
+                    prefix: config.subject_prefix.as_str().into(),
+                    servers: urls.len(),
+                    _compares: Arc::new(AbortOnDropHandle::new(compares)),
+                })
+            }
             Ok(Err(error)) => Err(failed(error.to_string())),
             Err(_) => Err(failed(format!("no answer within {} ms", limit.as_millis()))),
         }
@@ -102,7 +119,8 @@ impl NatsConnection {
         self.client.connection_state() == State::Connected
     }
 
-    /// The state, to be watched. Set by events, so a change may come a moment after [`Self::is_connected`] tells it.
+    /// The state, to be watched. Set by events, so a change may come a moment after [`Self::is_connected`] tells it, and
+    /// within a second where the event itself was lost.
     #[must_use]
     pub fn link(&self) -> watch::Receiver<Link> {
         self.link.clone()
@@ -299,6 +317,59 @@ fn note(states: &watch::Sender<Link>, event: &Event) {
     }
 }
 
+/// Makes good for events that the client dropped: it keeps a limited number of them, and a subscription that falls behind
+/// makes one for each message. What differs twice in a row, with nothing told in between, is set right.
+async fn compare(client: Client, states: Arc<watch::Sender<Link>>) {
+    let statistics = client.statistics();
+    let mut differed = None;
+    loop {
+        tokio::time::sleep(COMPARE_EVERY).await;
+        let own = Link {
+            connected: client.connection_state() == State::Connected,
+            connects: statistics.connects.load(Ordering::Relaxed),
+        };
+        let told = *states.borrow();
+        differed = next_link(told, own, differed).unwrap_or_else(|corrected| {
+            states.send_replace(corrected);
+            None
+        });
+    }
+}
+
+/// What to remember until the next look, or the link as it has to be told.
+fn next_link(told: Link, own: Link, differed: Option<(Link, Link)>) -> Result<Option<(Link, Link)>, Link> {
+    match told == own {
+        true => Ok(None),
+        false if differed == Some((told, own)) => Err(own),
+        false => Ok(Some((told, own))),
+    }
+}
+
 pub(super) fn lost(error: &dyn std::fmt::Display) -> ControllerError {
     ControllerError::new(ControllerErrorCode::NatsError, format!("the connection to NATS is down: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UP: Link = Link { connected: true, connects: 1 };
+    const DOWN: Link = Link { connected: false, connects: 1 };
+    const BACK: Link = Link { connected: true, connects: 2 };
+
+    #[test]
+    fn a_lost_event_is_made_good_at_the_second_look() {
+        for (told, own) in [(UP, DOWN), (UP, BACK), (DOWN, BACK)] {
+            let differed = next_link(told, own, None);
+            assert_eq!(differed, Ok(Some((told, own))));
+            assert_eq!(next_link(told, own, Some((told, own))), Err(own));
+        }
+    }
+
+    #[test]
+    fn an_event_on_its_way_is_waited_for() {
+        assert_eq!(next_link(UP, UP, Some((DOWN, UP))), Ok(None));
+        assert_eq!(next_link(UP, BACK, Some((UP, DOWN))), Ok(Some((UP, BACK))));
+        assert_eq!(next_link(DOWN, BACK, Some((UP, BACK))), Ok(Some((DOWN, BACK))));
+    }
 }

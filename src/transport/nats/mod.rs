@@ -32,6 +32,8 @@ const CANCEL_CAPACITY: usize = 4096;
 /// `acceptTimeoutMs`, so that a link that swallows everything is known before workers seem to be silent.
 const ECHO_EVERY: Duration = Duration::from_millis(500);
 const ECHO_LIMIT: Duration = Duration::from_secs(1);
+/// A trace context has 55 characters in its first version, and may have more in later ones.
+const TRACEPARENT_LONGEST: usize = 256;
 /// How soon one that did not go out is tried again, once the connection seems to be there.
 const CANCEL_RETRY: Duration = Duration::from_millis(5);
 
@@ -94,7 +96,8 @@ impl NatsTransport {
         headers.insert(header::ATTEMPT, outgoing.attempt.to_string());
         headers.insert(header::CONTROLLER_ID, header_value(&self.controller_id)?);
         headers.insert(header::TIMEOUT_MS, outgoing.timeout.as_millis().max(1).to_string());
-        if let Some(traceparent) = &outgoing.traceparent
+        // One that is no trace context is left out, as W3C's specification wants it.
+        if let Some(traceparent) = outgoing.traceparent.as_ref().filter(|text| text.len() <= TRACEPARENT_LONGEST)
             && let Ok(value) = header_value(traceparent)
         {
             headers.insert(header::TRACEPARENT, value);

@@ -1,0 +1,97 @@
+"""Handlers: async generator functions that answer one job each, as tasks of an event loop.
+
+Promises that each job meets an end, whatever its handler does; that a handler is cancelled when nobody waits any more;
+and that its place is free when it has come to its end. What a handler raises is told without what it says, which may
+quote the prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import traceback
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from mlx_serving_router._errors import ControllerError
+from mlx_serving_router._native import TokenEvent
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from mlx_serving_router import _native
+
+    Handler: TypeAlias = Callable[[_native.InferenceRequest], AsyncIterator[str | TokenEvent]]
+
+_logger = logging.getLogger("mlx_serving_router.worker")
+
+#: A handler that never waits for anything lets its event loop go on after so many pieces.
+_BREATH: Final = 16
+
+
+async def answer(job: _native.Job, handler: Handler) -> None:
+    """Run a handler for one job, for as long as somebody waits."""
+    generation = asyncio.create_task(_generate(job, handler))
+    gone = asyncio.ensure_future(job.gone())
+    try:
+        await asyncio.wait({generation, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        try:
+            if not generation.done():
+                generation.cancel()
+                await asyncio.wait({generation})
+        finally:
+            job.let_go()
+
+
+async def _generate(job: _native.Job, handler: Handler) -> None:
+    try:
+        pieces = handler(job.request)
+        try:
+            await _deliver(job, pieces)
+        finally:
+            close = getattr(pieces, "aclose", None)
+            if close is not None:
+                await close()
+        job.done("stop")
+    except ControllerError as error:
+        job.error(error.code, error.message, retry_after_ms=_retry_after(error))
+    except Exception as error:  # noqa: BLE001 a handler may raise anything, and it ends its request alone
+        if not job.cancelled:
+            # Neither on the wire nor in the log: what an exception says may quote the prompt.
+            kind = type(error).__name__
+            where = "".join(traceback.format_tb(error.__traceback__))
+            _logger.error("the handler raised %s for request %s\n%s", kind, job.request.request_id, where)
+            job.error("WORKER_UNAVAILABLE", f"the worker's handler raised {kind}")
+
+
+async def _deliver(job: _native.Job, pieces: AsyncIterator[str | TokenEvent]) -> None:
+    count = 0
+    async for piece in pieces:
+        if isinstance(piece, str):
+            job.piece(piece)
+        elif isinstance(piece, TokenEvent):
+            job.event(piece)
+        else:
+            raise TypeError(f"a handler yields str or TokenEvent, not {type(piece).__name__}")
+        if job.cancelled:
+            return
+        count += 1
+        if not job.has_room:
+            await job.room()
+        elif count % _BREATH == 0:
+            await asyncio.sleep(0)
+
+
+def _retry_after(error: ControllerError) -> int | None:
+    value = error.context.get("retry_after_ms")
+    return value if isinstance(value, int) else None
+
+
+def gives_pieces(handler: object) -> bool:
+    """Whether this can be a handler."""
+    function: Any = handler if inspect.isroutine(handler) else getattr(handler, "__call__", None)  # noqa: B004
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    return callable(handler) and not inspect.iscoroutinefunction(function) and not inspect.isclass(handler)
