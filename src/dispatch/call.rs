@@ -286,7 +286,7 @@ impl Call {
                 Some(id) => Cow::Owned(format!("@{id}")),
                 None => Cow::Borrowed(self.request.model_id.as_str()),
             };
-            let refusal = if ticket.is_none() && self.core.admission.is_waiting(&line) {
+            let refusal = if ticket.is_none() && self.core.admission.is_waiting(&line) && self.may_wait(now) {
                 Refusal::Full
             } else {
                 match self.select(now) {
@@ -320,15 +320,25 @@ impl Call {
     }
 
     fn select(&self, now: Instant) -> Result<Lease, Refusal> {
-        let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
-        self.core.router.select(&self.query(&exclude), now)
+        self.core.router.select(&self.query(&self.tried()), now)
     }
 
     /// Whether another attempt would find nobody, not even for a fallback model.
     fn is_nobody_left(&self, now: Instant) -> bool {
-        let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
-        let nobody = !self.core.retry.revisit && !self.core.router.has_untried(&self.query(&exclude), now);
-        nobody && self.next_fallback().is_none()
+        !self.core.retry.revisit && !self.has_untried(now) && self.next_fallback().is_none()
+    }
+
+    /// Whether waiting can help: a request that everybody has failed is told so at once.
+    fn may_wait(&self, now: Instant) -> bool {
+        self.failed.is_empty() || self.has_untried(now)
+    }
+
+    fn has_untried(&self, now: Instant) -> bool {
+        self.core.router.has_untried(&self.query(&self.tried()), now)
+    }
+
+    fn tried(&self) -> Vec<WorkerId> {
+        self.failed.iter().map(|failed| failed.worker.clone()).collect()
     }
 
     fn query<'a>(&'a self, exclude: &'a [WorkerId]) -> Query<'a> {
@@ -370,8 +380,7 @@ impl Call {
             self.core.budgets.lock().request(&self.request.model_id, now);
             self.first_worker = Some(worker.clone());
         }
-        let exclude: Vec<WorkerId> = self.failed.iter().map(|failed| failed.worker.clone()).collect();
-        let left_out = lease.left_out(&self.query(&exclude), now);
+        let left_out = lease.left_out(&self.query(&self.tried()), now);
         if lease.choice() != Choice::Named {
             self.core.left_out.tell(&self.request.request_id, &self.request.model_id, &left_out, now);
         }

@@ -55,3 +55,21 @@ async fn of_the_breaker_of_a_life_that_is_over_nothing_is_told() {
     }
     assert_eq!(told, ["worker_registered", "worker_replaced"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_request_with_nobody_left_to_try_does_not_join_those_who_wait() {
+    let controller = controller(json!({})).await;
+    let worker = worker_for(&controller, &registration("w", &["m"], 1), &[Accept, Wait(100), Fail("WORKER_UNAVAILABLE")]);
+    let waits = async {
+        sleep(Duration::from_millis(10)).await;
+        worker.now_does(&[Accept, Wait(1_000), Respond("ok")]);
+        let calls = ["a", "b"].map(|id| controller.buffered(named(id), CallOptions::default()));
+        futures_util::future::try_join_all(calls).await
+    };
+    let started = Instant::now();
+    let fails = async { (buffered(&controller).await.unwrap_err(), started.elapsed()) };
+    let (waits, (error, took)) = tokio::join!(waits, fails);
+    assert!(waits.is_ok());
+    assert_eq!((error.code(), took), (Code::NoWorkersAvailable, Duration::from_millis(100)));
+    assert_eq!(error.cause().map(ControllerError::code), Some(Code::WorkerUnavailable));
+}

@@ -4,7 +4,10 @@
 
 mod admission;
 mod failures;
+mod faults;
+mod faults_breakers;
 mod faults_found;
+mod faults_load;
 mod lifecycle;
 mod older;
 mod success;
