@@ -119,11 +119,8 @@ async fn answer(mut port: LocalPort, fails_first: bool) {
 
 /// How long a request took, in seconds, and in how many attempts.
 async fn timed(controller: &Controller) -> Result<(f64, usize), Box<dyn Error>> {
-    let request = InferenceRequest {
-        model_id: fleet::MODELS[0].to_owned(),
-        prompt: Some("Hello".into()),
-        ..InferenceRequest::default()
-    };
+    let request =
+        InferenceRequest { model_id: fleet::MODELS[0].to_owned(), prompt: Some("Hello".into()), ..InferenceRequest::default() };
     let began = Instant::now();
     let answer = controller.buffered(request, CallOptions::default()).await?;
     let seconds = began.elapsed().as_secs_f64();
