@@ -1,5 +1,6 @@
 //! One decision, from its question to its report: select, first token, end.
 
+use std::cell::LazyCell;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +38,7 @@ fn by_strategy(criterion: &mut Criterion) {
     for (name, strategy) in [("least_requests", Strategy::LeastRequests), ("peak_ewma", Strategy::PeakEwma)] {
         for workers in [10, 10_000] {
             let now = Instant::now();
-            let router = fleet::with_workers(strategy, workers, now);
+            let router = LazyCell::new(|| fleet::with_workers(strategy, workers, now));
             group.bench_function(BenchmarkId::new(name, workers), |bencher| {
                 bencher.iter(|| decide(&router, black_box(&ANY), now));
             });
@@ -48,34 +49,44 @@ fn by_strategy(criterion: &mut Criterion) {
 /// Every worker has something to do, so that nobody can be taken because he is idle.
 fn busy(criterion: &mut Criterion) {
     let now = Instant::now();
-    let router = fleet::with_workers(Strategy::LeastRequests, 10_000, now);
-    let _held = occupy(&router, 25_000, now);
+    let fleet = LazyCell::new(|| {
+        let router = fleet::with_workers(Strategy::LeastRequests, 10_000, now);
+        let held = occupy(&router, 25_000, now);
+        (router, held)
+    });
     let mut group = criterion.benchmark_group("decision");
     group.bench_function(BenchmarkId::new("least_requests_busy", 10_000), |bencher| {
-        bencher.iter(|| decide(&router, black_box(&ANY), now));
+        bencher.iter(|| decide(&fleet.0, black_box(&ANY), now));
     });
 }
 
 /// So many requests that do not end.
-pub fn occupy(router: &Arc<Router>, requests: usize, now: Instant) -> Vec<Lease> {
+fn occupy(router: &Arc<Router>, requests: usize, now: Instant) -> Vec<Lease> {
     (0..requests).map(|_| router.select(&ANY, now).unwrap_or_else(|refusal| panic!("{refusal:?}"))).collect()
 }
 
-/// Requests of known sessions, in no order that a cache could guess.
+/// Requests of known sessions, in no order that a cache could guess; the name is in the caller's hands before.
 fn sessions(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decision");
     for workers in [10, 10_000] {
         let now = Instant::now();
-        let router = fleet::with_workers(Strategy::LeastRequests, workers, now);
-        let names: Vec<String> = (0..SESSIONS).map(fleet::session).collect();
-        for name in &names {
-            decide(&router, &Query { session_id: Some(name), ..ANY }, now);
-        }
+        let known = LazyCell::new(|| {
+            let router = fleet::with_workers(Strategy::LeastRequests, workers, now);
+            let names: Vec<String> = (0..SESSIONS).map(|number| fleet::session(fleet::scattered(number, SESSIONS))).collect();
+            for name in &names {
+                decide(&router, &Query { session_id: Some(name), ..ANY }, now);
+            }
+            (router, names)
+        });
         let mut number = 0;
         group.bench_function(BenchmarkId::new("session", workers), |bencher| {
+            let (router, names) = &*known;
             bencher.iter(|| {
-                number = (number + 7_919) % SESSIONS;
-                decide(&router, &Query { session_id: Some(black_box(&names[number])), ..ANY }, now);
+                number = (number + 1) % SESSIONS;
+                let soon = names[(number * 7_919 + 10 * 7_919) % SESSIONS].as_bytes();
+                black_box(soon[0] ^ soon[soon.len() - 1]);
+                let name = &names[number * 7_919 % SESSIONS];
+                decide(router, &Query { session_id: Some(black_box(name)), ..ANY }, now);
             });
         });
     }
@@ -86,18 +97,22 @@ fn prefixes(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decision");
     for workers in [10, 1_000] {
         let now = Instant::now();
-        let router = fleet::with_workers(Strategy::PrefixAware, workers, now);
-        let prompts: Vec<String> = (0..1_000).map(|number| prompt(number, 3_072)).collect();
-        for text in &prompts {
-            decide(&router, &Query { prompt: Some(&PrefixHashes::of_prompt(MODELS[0], text)), ..ANY }, now);
-        }
-        let asked: Vec<String> = prompts.iter().map(|text| format!("{text}{}", prompt(9_999, 1_024))).collect();
+        let known = LazyCell::new(|| {
+            let router = fleet::with_workers(Strategy::PrefixAware, workers, now);
+            let prompts: Vec<String> = (0..1_000).map(|number| prompt(number, 3_072)).collect();
+            for text in &prompts {
+                decide(&router, &Query { prompt: Some(&PrefixHashes::of_prompt(MODELS[0], text)), ..ANY }, now);
+            }
+            let asked: Vec<String> = prompts.iter().map(|text| format!("{text}{}", prompt(9_999, 1_024))).collect();
+            (router, asked)
+        });
         let mut number = 0;
         group.bench_function(BenchmarkId::new("prefix_aware", workers), |bencher| {
+            let (router, asked) = &*known;
             bencher.iter(|| {
                 number = (number + 7) % asked.len();
                 let prompt = PrefixHashes::of_prompt(MODELS[0], black_box(&asked[number]));
-                decide(&router, &Query { prompt: Some(&prompt), ..ANY }, now);
+                decide(router, &Query { prompt: Some(&prompt), ..ANY }, now);
             });
         });
     }

@@ -10,6 +10,8 @@ use std::time::Duration;
 use hashlink::LinkedHashMap;
 use tokio::time::Instant;
 
+use super::worker::Life;
+
 /// The most prefixes that are known: some 15 MB, and the prompts of some 3,000 conversations of 8 KB each.
 pub(super) const MOST_PREFIXES: usize = 65_536;
 /// What was not used for so long has most likely been pushed out of the worker's cache.
@@ -32,7 +34,7 @@ pub(super) struct PrefixIndex {
 /// A worker, and how many of a prompt's prefixes it holds: at least 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Held {
-    pub(super) serial: u64,
+    pub(super) life: Life,
     pub(super) prefixes: usize,
 }
 
@@ -43,6 +45,7 @@ struct Holders([Option<Holder>; HOLDERS]);
 #[derive(Clone, Copy, Debug)]
 struct Holder {
     serial: u64,
+    account: u32,
     /// In seconds since the index learned something for the first time.
     used: u32,
 }
@@ -55,10 +58,10 @@ impl PrefixIndex {
     }
 
     /// A worker holds the prefixes with these hashes.
-    pub(super) fn learn(&mut self, hashes: impl IntoIterator<Item = u64>, serial: u64, now: Instant) {
+    pub(super) fn learn(&mut self, hashes: impl IntoIterator<Item = u64>, life: Life, now: Instant) {
         self.born.get_or_insert(now);
         self.expire(now);
-        let holder = Holder { serial, used: self.seconds(now) };
+        let holder = Holder { serial: life.serial, account: life.account, used: self.seconds(now) };
         for hash in hashes {
             if let Some(holders) = self.entries.to_back(&hash) {
                 holders.put_first(holder);
@@ -79,8 +82,8 @@ impl PrefixIndex {
         for (index, hash) in hashes.iter().enumerate().rev() {
             let Some(Holders(holders)) = self.entries.get(hash) else { continue };
             for holder in holders.iter().flatten().filter(|holder| self.is_fresh(holder, now)) {
-                if found.len() < FOUND && found.iter().all(|known| known.serial != holder.serial) {
-                    found.push(Held { serial: holder.serial, prefixes: index + 1 });
+                if found.len() < FOUND && found.iter().all(|known| known.life.serial != holder.serial) {
+                    found.push(Held { life: Life { serial: holder.serial, account: holder.account }, prefixes: index + 1 });
                 }
             }
         }
@@ -136,6 +139,10 @@ mod tests {
 
     const TTL: u64 = 60;
 
+    fn life(serial: u64) -> Life {
+        Life { serial, account: 0 }
+    }
+
     /// Everything that was ever learned: a text, the serial of who holds it, and when.
     #[derive(Default)]
     struct Model(Vec<(String, u64, u64)>);
@@ -177,13 +184,13 @@ mod tests {
             for (text, serial, pause) in steps {
                 now += pause;
                 let hashes = PrefixHashes::of_prompt("m", &text);
-                index.learn(hashes.hashes().iter().copied(), serial, start + Duration::from_secs(now));
+                index.learn(hashes.hashes().iter().copied(), life(serial), start + Duration::from_secs(now));
                 model.0.push((text, serial, now));
                 for asked in &asked {
                     let hashes = PrefixHashes::of_prompt("m", asked);
                     let found = index.find(hashes.hashes(), start + Duration::from_secs(now));
                     prop_assert!(found.is_sorted_by(|one, next| one.prefixes >= next.prefixes));
-                    let mut found: Vec<_> = found.iter().map(|held| (held.serial, held.prefixes)).collect();
+                    let mut found: Vec<_> = found.iter().map(|held| (held.life.serial, held.prefixes)).collect();
                     found.sort_unstable();
                     prop_assert_eq!(found, model.find(asked, now));
                 }
@@ -200,10 +207,10 @@ mod tests {
             let mut now = start;
             for (hashes, serial, pause) in steps {
                 now += Duration::from_secs(pause);
-                index.learn(hashes.iter().copied(), serial, now);
+                index.learn(hashes.iter().copied(), life(serial), now);
                 prop_assert!(index.entries.len() <= cap);
                 if let Some(last) = hashes.last() {
-                    prop_assert_eq!(index.find(&[*last], now)[0], Held { serial, prefixes: 1 });
+                    prop_assert_eq!(index.find(&[*last], now)[0], Held { life: life(serial), prefixes: 1 });
                 }
                 prop_assert!(index.find(&(0..40).collect::<Vec<_>>(), now).len() <= FOUND);
             }
@@ -217,7 +224,7 @@ mod tests {
         let now = Instant::now();
         let mut index = PrefixIndex::new(1_000, FORGOTTEN_AFTER);
         for number in 0..1_000_000_u64 {
-            index.learn([number.wrapping_mul(0x9e37_79b9_7f4a_7c15)], number % 5, now);
+            index.learn([number.wrapping_mul(0x9e37_79b9_7f4a_7c15)], life(number % 5), now);
         }
         assert_eq!(index.entries.len(), 1_000);
         assert!(index.entries.capacity() <= 4_096);
@@ -227,8 +234,8 @@ mod tests {
     fn a_further_holder_takes_the_place_of_the_oldest() {
         let now = Instant::now();
         let mut index = PrefixIndex::new(10, FORGOTTEN_AFTER);
-        (0..8).chain([0, 8]).for_each(|serial| index.learn([1], serial, now));
-        let serials: Vec<_> = index.find(&[1], now).iter().map(|held| held.serial).collect();
+        (0..8).chain([0, 8]).for_each(|serial| index.learn([1], life(serial), now));
+        let serials: Vec<_> = index.find(&[1], now).iter().map(|held| held.life.serial).collect();
         assert_eq!(serials, [8, 0, 7, 6, 5, 4, 3, 2]);
     }
 }

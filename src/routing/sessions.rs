@@ -10,6 +10,7 @@ use hashlink::LinkedHashMap;
 use hashlink::linked_hash_map::RawEntryMut;
 use tokio::time::Instant;
 
+use super::worker::Life;
 use crate::wire::WorkerId;
 
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub(super) struct Sessions {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Binding {
     pub(super) worker: WorkerId,
-    pub(super) serial: u64,
+    pub(super) life: Life,
 }
 
 #[derive(Debug)]
@@ -95,7 +96,7 @@ mod tests {
     use super::*;
 
     fn to(name: &str) -> Binding {
-        Binding { worker: WorkerId::new(name).unwrap(), serial: 1 }
+        Binding { worker: WorkerId::new(name).unwrap(), life: Life { serial: 1, account: 0 } }
     }
 
     #[tokio::test(start_paused = true)]
