@@ -3,14 +3,15 @@
 //! It is swapped whole when membership changes, and holds no state of its own but whose turn it is.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::ledger::{Entry, Ledger, Page};
 use super::rendezvous;
-use super::settings::RouterSettings;
-use super::worker::{Standing, Worker};
+use super::worker::{Life, Standing, Worker};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::wire::WorkerId;
 
@@ -21,19 +22,30 @@ pub(super) struct Fleet {
     /// Everybody who is known, offline ones too.
     pub(super) workers: BTreeMap<WorkerId, Arc<Worker>>,
     models: HashMap<Arc<str>, Model>,
+    /// Where everybody has his account.
+    pages: Box<[Arc<Page>]>,
 }
 
-/// A model and the online workers that serve it, at least one, by id.
+/// A model and the online workers that serve it, at least one, by id. What selections read of all of them lies together.
 #[derive(Debug)]
 pub(super) struct Model {
     pub(super) workers: Box<[Arc<Worker>]>,
+    /// By place: the worker's share of rendezvous scores.
+    seats: Box<[u64]>,
+    /// By place: where in the pages its account lies.
+    accounts: Box<[u32]>,
+    /// By the number of an account: the place, or [`NOBODY`].
+    places: Box<[u32]>,
     /// The place after that of the last one chosen.
     turn: Arc<AtomicUsize>,
 }
 
+const NOBODY: u32 = u32::MAX;
+
 /// The workers of a model that may take a request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidates<'a> {
+    pub(super) fleet: &'a Fleet,
     pub(super) model: &'a Model,
     pub(super) model_id: &'a str,
     pub(super) exclude: &'a [WorkerId],
@@ -43,9 +55,11 @@ pub(super) struct Candidates<'a> {
     pub(super) panic: bool,
     /// New workers are candidates now and then only.
     pub(super) warm_up: Option<WarmUp>,
-    pub(super) settings: &'a RouterSettings,
     pub(super) now: Instant,
 }
+
+/// More than anybody's.
+const ANY_LOAD: u32 = Entry::MOST + 1;
 
 /// Slow start: a new worker is a candidate with a probability that grows from [`COLD`] to 1.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +76,7 @@ const COLD: f64 = 0.1;
 
 impl Fleet {
     /// A picture of these workers. Turns go on where they stood in the picture before.
-    pub(super) fn new(version: u64, workers: BTreeMap<WorkerId, Arc<Worker>>, before: &Self) -> Self {
+    pub(super) fn new(version: u64, workers: BTreeMap<WorkerId, Arc<Worker>>, before: &Self, ledger: &Ledger) -> Self {
         let mut lists: HashMap<Arc<str>, Vec<Arc<Worker>>> = HashMap::new();
         for worker in workers.values().filter(|worker| worker.standing().is_online()) {
             for model in &worker.live().models {
@@ -74,9 +88,9 @@ impl Fleet {
         }
         let models = lists.into_iter().map(|(id, workers)| {
             let turn = before.models.get(&id).map_or_else(Arc::default, |model| model.turn.clone());
-            (id, Model { workers: workers.into(), turn })
+            (id, Model::new(workers, turn, ledger))
         });
-        Self { version, models: models.collect(), workers }
+        Self { version, models: models.collect(), workers, pages: ledger.pages() }
     }
 
     pub(super) fn model(&self, id: &str) -> Option<&Model> {
@@ -94,9 +108,28 @@ impl Fleet {
 // === impl Model ===
 
 impl Model {
-    /// The place of a worker.
-    pub(super) fn find(&self, id: &WorkerId) -> Option<usize> {
-        self.workers.binary_search_by(|worker| worker.id.cmp(id)).ok()
+    fn new(workers: Vec<Arc<Worker>>, turn: Arc<AtomicUsize>, ledger: &Ledger) -> Self {
+        let numbers = || workers.iter().map(|worker| worker.life.account);
+        let mut places = vec![NOBODY; numbers().max().map_or(0, |last| last as usize + 1)];
+        (0..).zip(numbers()).for_each(|(place, number)| places[number as usize] = place);
+        Self {
+            seats: workers.iter().map(|worker| worker.seat).collect(),
+            accounts: numbers().map(|number| ledger.place(number) as u32).collect(),
+            places: places.into(),
+            workers: workers.into(),
+            turn,
+        }
+    }
+
+    /// The place of one life of a worker.
+    pub(super) fn find(&self, life: Life) -> Option<usize> {
+        let place = *self.places.get(life.account as usize)? as usize;
+        self.workers.get(place).filter(|worker| worker.life == life).map(|_| place)
+    }
+
+    /// Of how many workers the breakers admit requests.
+    pub(super) fn admitted(&self, fleet: &Fleet) -> usize {
+        self.accounts.iter().filter(|&&account| !Page::read(&fleet.pages, account as usize).has(Entry::SHUT)).count()
     }
 }
 
@@ -109,21 +142,80 @@ impl<'a> Candidates<'a> {
         worker.standing() == self.tier
             && worker.load.has_room(self.now)
             && !self.exclude.contains(&worker.id)
-            && worker.admits(self.settings, self.panic, self.now)
+            && worker.admits(self.panic, self.now)
             && self.warm_up.is_none_or(|warm_up| warm_up.admits(worker, self.now))
     }
 
+    /// Once around from a place: the places of those who may be candidates by their accounts, each with the least load that
+    /// it can have. Whether they are is for [`Self::admits`] to say. `visit` goes on with the load from which on nobody is
+    /// wanted any more, [`ANY_LOAD`] at first.
+    pub(super) fn scan<T>(&self, start: usize, mut visit: impl FnMut(usize, u32) -> ControlFlow<T, u32>) -> Option<T> {
+        let aside = if self.tier == Standing::Online { 0 } else { Entry::ASIDE };
+        let marks = if self.panic { Entry::MARKS & !Entry::SHUT } else { Entry::MARKS };
+        let pages = &*self.fleet.pages;
+        let start = if start < self.model.accounts.len() { start } else { 0 };
+        let (before, after) = self.model.accounts.split_at(start);
+        let mut below = ANY_LOAD;
+        for (first, accounts) in [(start, after), (0, before)] {
+            for (index, &account) in accounts.iter().enumerate() {
+                let load = Page::read(pages, account as usize).load_unless(marks, aside);
+                if load < below {
+                    match visit(first + index, load) {
+                        ControlFlow::Continue(from) => below = from,
+                        ControlFlow::Break(found) => return Some(found),
+                    }
+                }
+            }
+        }
+        None
+    }
+
     /// The candidates with their places, once around from a place.
-    pub(super) fn iter_from(&self, start: usize) -> impl Iterator<Item = (usize, &'a Worker)> {
-        let count = self.model.workers.len();
-        let start = if start < count { start } else { 0 };
-        let model = self.model;
-        (start..count).chain(0..start).filter(|&place| self.admits(place)).map(move |place| (place, &*model.workers[place]))
+    pub(super) fn each_from<T>(&self, start: usize, mut visit: impl FnMut(usize, &'a Worker) -> ControlFlow<T>) -> Option<T> {
+        self.scan(start, |place, _| match self.admits(place) {
+            true => visit(place, &self.model.workers[place]).map_continue(|()| ANY_LOAD),
+            false => ControlFlow::Continue(ANY_LOAD),
+        })
     }
 
     /// The candidates, beginning with the one whose turn it is.
-    pub(super) fn in_turn(&self) -> impl Iterator<Item = (usize, &'a Worker)> {
-        self.iter_from(self.model.turn.load(Ordering::Relaxed))
+    pub(super) fn each_in_turn<T>(&self, visit: impl FnMut(usize, &'a Worker) -> ControlFlow<T>) -> Option<T> {
+        self.each_from(self.turn(), visit)
+    }
+
+    /// The candidate with the least load, and that; of equals the one whose turn it is.
+    pub(super) fn least_loaded(&self) -> Option<(usize, u32)> {
+        let mut best: Option<(usize, u32)> = None;
+        self.scan(self.turn(), |place, _| {
+            let least = best.map_or(ANY_LOAD, |(_, least)| least);
+            if self.admits(place) {
+                let load = self.load(&self.model.workers[place]);
+                if load < least {
+                    best = Some((place, load));
+                    return if load == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(load.min(ANY_LOAD)) };
+                }
+            }
+            ControlFlow::Continue(least)
+        });
+        best
+    }
+
+    /// The candidate with the highest score of a session, given by [`rendezvous::fnv`].
+    pub(super) fn highest_score(&self, session: u64) -> Option<usize> {
+        let mut best: Option<(u64, usize)> = None;
+        self.scan::<()>(0, |place, _| {
+            let score = rendezvous::score(session, self.model.seats[place]);
+            if best.is_none_or(|(highest, _)| score > highest) && self.admits(place) {
+                best = Some((score, place));
+            }
+            ControlFlow::Continue(ANY_LOAD)
+        });
+        best.map(|(_, place)| place)
+    }
+
+    /// The place of the one whose turn it is.
+    pub(super) fn turn(&self) -> usize {
+        self.model.turn.load(Ordering::Relaxed)
     }
 
     /// Says who was chosen, so that others are next.

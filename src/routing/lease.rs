@@ -10,7 +10,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::breaker::{CircuitState, Permit, Verdict};
-use super::router::Router;
 use super::selection::{LeftOut, Query};
 use super::sessions::Binding;
 use super::worker::{Carrier, Worker};
@@ -47,9 +46,8 @@ pub enum Choice {
 /// A worker's promise to take one request. Send it, tell the first token, and [`end`](Self::end) it.
 #[derive(Debug)]
 pub struct Lease {
-    router: Arc<Router>,
     worker: Arc<Worker>,
-    gone: CancellationToken,
+    gone: Arc<CancellationToken>,
     choice: Choice,
     since: Instant,
     progress: Mutex<Progress>,
@@ -57,6 +55,8 @@ pub struct Lease {
     moves: Option<Box<(Box<str>, Binding)>>,
     /// What the worker holds in its cache once it has begun to answer.
     prompt: Option<PrefixHashes>,
+    /// It ended as a probe, whose place is another's.
+    was_probe: bool,
 }
 
 #[derive(Debug)]
@@ -69,9 +69,9 @@ struct Progress {
 
 impl Lease {
     /// The caller has taken a place in the worker's load.
-    pub(super) fn new(router: Arc<Router>, worker: Arc<Worker>, gone: CancellationToken, choice: Choice, now: Instant) -> Self {
+    pub(super) fn new(worker: Arc<Worker>, gone: Arc<CancellationToken>, choice: Choice, now: Instant) -> Self {
         let progress = Mutex::new(Progress { permit: None, first_token: false });
-        Self { router, worker, gone, choice, since: now, progress, moves: None, prompt: None }
+        Self { worker, gone, choice, since: now, progress, moves: None, prompt: None, was_probe: false }
     }
 
     /// The breaker let the request through.
@@ -145,29 +145,34 @@ impl Lease {
     /// allocates nothing where all were candidates.
     #[must_use]
     pub fn left_out(&self, query: &Query<'_>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
-        self.router.left_out(query, &self.worker, now)
+        self.worker.hub.left_out(query, &self.worker, now)
     }
 
     /// The first token came, so long after the request was sent. For a probe of a half-open breaker this is its success.
     pub fn first_token(&self, ttft: Duration, now: Instant) {
+        let hub = &self.worker.hub;
+        let mut was_probe = false;
         let transition = {
             let mut progress = self.progress.lock();
             if std::mem::replace(&mut progress.first_token, true) {
                 return;
             }
             self.worker.load.observe(ttft, now);
-            match (&self.worker.breaker, &self.router.settings().breaker, &mut progress.permit) {
-                (Some(breaker), Some(settings), Some(permit)) => breaker.first_token(settings, permit, ttft, now),
-                _ => None,
-            }
+            self.worker.breaker().zip(progress.permit.as_mut()).and_then(|((breaker, settings), permit)| {
+                was_probe = permit.is_probe();
+                breaker.first_token(settings, permit, ttft, now)
+            })
         };
-        self.router.tell_breaker(&self.worker, transition);
+        hub.tell_breaker(&self.worker, transition);
+        if was_probe {
+            hub.capacity_freed.notify_waiters();
+        }
         self.teach(now);
     }
 
     fn teach(&self, now: Instant) {
         if let Some(prompt) = &self.prompt {
-            self.router.learn(prompt.hashes().iter().copied(), self.worker.serial, now);
+            self.worker.hub.learn(prompt.hashes().iter().copied(), &self.worker, now);
         }
     }
 
@@ -179,8 +184,7 @@ impl Lease {
     /// The attempt ended. Gives back everything that the lease holds before it returns; true when this end opened the
     /// breaker.
     pub fn end(mut self, outcome: Outcome, now: Instant) -> bool {
-        let Progress { permit, first_token } = self.progress.get_mut();
-        let (permit, first_token) = (permit.take(), *first_token);
+        let first_token = self.progress.get_mut().first_token;
         let verdict = match outcome {
             Outcome::Success => Verdict::Success,
             Outcome::Failure(code) => Verdict::Effect(code.breaker_effect()),
@@ -194,27 +198,37 @@ impl Lease {
             Verdict::Effect(BreakerEffect::Failure | BreakerEffect::RateOnly) => self.worker.load.observe_failure(now),
             _ => {}
         }
-        let transition = match (&self.worker.breaker, &self.router.settings().breaker, permit) {
-            (Some(breaker), Some(settings), Some(permit)) => breaker.report(settings, permit, verdict, self.router.dice(), now),
-            _ => None,
-        };
+        let permit = self.progress.get_mut().permit.take();
+        self.was_probe = permit.as_ref().is_some_and(Permit::is_probe);
+        let transition = self
+            .worker
+            .breaker()
+            .zip(permit)
+            .and_then(|((breaker, settings), permit)| breaker.report(settings, permit, verdict, &self.worker.hub.dice, now));
         if let Some(moves) = self.moves.take().filter(|_| verdict == Verdict::Success) {
             let (session, from) = *moves;
-            self.router.move_session(&session, &from, &self.worker, now);
+            self.worker.hub.move_session(&session, &from, &self.worker, now);
         }
-        let (router, worker) = (self.router.clone(), self.worker.clone());
+        let told = transition.map(|transition| (transition, self.worker.clone()));
         drop(self);
-        router.tell_breaker(&worker, transition) && transition.is_some_and(|transition| transition.to == CircuitState::Open)
+        told.is_some_and(|(transition, worker)| {
+            worker.hub.tell_breaker(&worker, Some(transition)) && transition.to == CircuitState::Open
+        })
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let (Some(breaker), Some(permit)) = (&self.worker.breaker, &mut self.progress.get_mut().permit) {
-            breaker.release(permit);
+        if let Some(permit) = &mut self.progress.get_mut().permit {
+            self.was_probe = permit.is_probe();
+            if let Some((breaker, settings)) = self.worker.breaker() {
+                breaker.release(settings, permit);
+            }
         }
-        self.worker.load.leave();
-        self.router.capacity_freed().notify_waiters();
+        // A place that others could have had before is no news to those who wait.
+        if self.worker.load.leave() || self.was_probe {
+            self.worker.hub.capacity_freed.notify_waiters();
+        }
     }
 }
 

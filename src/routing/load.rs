@@ -7,18 +7,19 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::ledger::{Account, Entry};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 #[derive(Debug)]
 pub(super) struct Load {
+    /// Requests, our own and others'.
+    account: Account,
     /// Times below are told from here.
     born: Instant,
-    own: AtomicU32,
     /// The most requests at the same time; 0: no limit.
     limit: AtomicU32,
-    foreign: AtomicU32,
-    /// Until when `foreign` counts, in milliseconds since `born`.
+    /// Until when those of others count, in milliseconds since `born`.
     foreign_until: AtomicU64,
     /// Until when it wants nothing, in milliseconds since `born`; 0: it said no such thing.
     held_until: AtomicU64,
@@ -44,40 +45,40 @@ const PENALTY: (f64, f64) = (5.0, 60.0);
 // === impl Load ===
 
 impl Load {
-    pub(super) fn new(limit: u32, now: Instant) -> Self {
+    pub(super) fn new(account: Account, limit: u32, now: Instant) -> Self {
         Self {
+            account,
             born: now,
-            own: AtomicU32::new(0),
             limit: AtomicU32::new(limit),
-            foreign: AtomicU32::new(0),
             foreign_until: AtomicU64::new(0),
             held_until: AtomicU64::new(0),
             latency: Mutex::new(None),
         }
     }
 
+    pub(super) fn account(&self) -> &Account {
+        &self.account
+    }
+
     pub(super) fn own(&self) -> u32 {
-        self.own.load(Ordering::Relaxed)
+        self.account.entry().own()
     }
 
     pub(super) fn foreign(&self, now: Instant) -> u32 {
-        match self.foreign.load(Ordering::Relaxed) {
-            0 => 0,
-            foreign if self.millis(now) < self.foreign_until.load(Ordering::Relaxed) => foreign,
-            _ => 0,
-        }
+        self.total(now).saturating_sub(self.own())
     }
 
     /// All requests that it works on, as far as is known.
     pub(super) fn total(&self, now: Instant) -> u32 {
-        self.own().saturating_add(self.foreign(now))
+        let entry = self.account.entry();
+        if self.is_outdated(entry, now) { entry.own() } else { entry.total() }
     }
 
     pub(super) fn has_room(&self, now: Instant) -> bool {
         if self.is_held_back(now) {
             return false;
         }
-        match self.limit.load(Ordering::Relaxed) {
+        match self.limit() {
             0 => true,
             limit => self.total(now) < limit,
         }
@@ -85,35 +86,39 @@ impl Load {
 
     /// Takes a place, unless there is none: of racing callers no more get one than there are.
     pub(super) fn try_enter(&self, now: Instant) -> bool {
-        let limit = match self.limit.load(Ordering::Relaxed) {
-            _ if self.is_held_back(now) => return false,
-            0 => u32::MAX,
-            limit => limit.saturating_sub(self.foreign(now)),
-        };
-        self.own.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |own| (own < limit).then_some(own + 1)).is_ok()
+        !self.is_held_back(now) && self.account.update(|entry| self.without_outdated(entry, now).enter(self.limit())).is_ok()
     }
 
-    /// Gives back a place that [`Self::try_enter`] took.
-    pub(super) fn leave(&self) {
-        self.own.fetch_sub(1, Ordering::AcqRel);
+    /// Gives back a place that [`Self::try_enter`] took. True: there was no other.
+    pub(super) fn leave(&self) -> bool {
+        self.account.update(|entry| Some(entry.leave(self.limit()))).is_ok_and(|before| before.has(Entry::FULL))
     }
 
     pub(super) fn set_limit(&self, limit: u32) {
-        self.limit.store(limit, Ordering::Relaxed);
+        if self.limit.swap(limit, Ordering::Relaxed) != limit {
+            let _ = self.account.update(|entry| Some(entry.limited(limit)));
+        }
     }
 
     /// It asked to be left alone for so long.
     pub(super) fn hold_back(&self, span: Duration, now: Instant) {
         let until = self.millis(now).saturating_add(u64::try_from(span.as_millis()).unwrap_or(u64::MAX));
-        self.held_until.fetch_max(until, Ordering::Relaxed);
+        // The mark comes first: whoever takes it away at the end of an earlier hold must not leave it behind.
+        self.account.mark(Entry::HELD, true);
+        let until = self.held_until.fetch_max(until, Ordering::AcqRel).max(until);
+        self.is_due_at(until);
     }
 
     /// Whether its time to be left alone has just passed; says so once.
     pub(super) fn has_rested(&self, now: Instant) -> bool {
         let until = self.held_until.load(Ordering::Relaxed);
-        until != 0
+        let rested = until != 0
             && self.millis(now) >= until
-            && self.held_until.compare_exchange(until, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+            && self.held_until.compare_exchange(until, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if rested {
+            self.account.mark(Entry::HELD, false);
+        }
+        rested
     }
 
     fn is_held_back(&self, now: Instant) -> bool {
@@ -126,8 +131,45 @@ impl Load {
     /// Takes a report of requests that are not ours, good for `lifetime`.
     pub(super) fn report_foreign(&self, foreign: u32, lifetime: Duration, now: Instant) {
         let until = self.millis(now).saturating_add(u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX));
-        self.foreign_until.store(until, Ordering::Relaxed);
-        self.foreign.store(foreign, Ordering::Relaxed);
+        self.foreign_until.store(until, Ordering::Release);
+        let _ = self.account.update(|entry| Some(entry.with_foreign(foreign, self.limit())));
+        if foreign > 0 {
+            self.is_due_at(until);
+        }
+    }
+
+    /// Sets right what the clock alone changes in its account.
+    pub(super) fn settle(&self, now: Instant) {
+        let entry = self.account.entry();
+        if self.is_outdated(entry, now) {
+            let _ = self.account.update(|entry| Some(self.without_outdated(entry, now)));
+        } else if entry.foreign() > 0 {
+            self.is_due_at(self.foreign_until.load(Ordering::Acquire));
+        }
+        if self.is_held_back(now) {
+            self.is_due_at(self.held_until.load(Ordering::Acquire));
+        } else {
+            self.account.mark(Entry::HELD, false);
+        }
+    }
+
+    /// Whether what it says of others has grown old.
+    fn is_outdated(&self, entry: Entry, now: Instant) -> bool {
+        entry.foreign() > 0 && self.millis(now) >= self.foreign_until.load(Ordering::Acquire)
+    }
+
+    fn without_outdated(&self, entry: Entry, now: Instant) -> Entry {
+        if self.is_outdated(entry, now) { entry.with_foreign(0, self.limit()) } else { entry }
+    }
+
+    fn is_due_at(&self, millis: u64) {
+        if let Some(at) = self.born.checked_add(Duration::from_millis(millis)) {
+            self.account.is_due_at(at);
+        }
+    }
+
+    fn limit(&self) -> u32 {
+        self.limit.load(Ordering::Relaxed)
     }
 
     pub(super) fn observe(&self, ttft: Duration, now: Instant) {

@@ -20,7 +20,9 @@ mod dice;
 mod event;
 mod fleet;
 mod history;
+mod hub;
 mod lease;
+mod ledger;
 mod load;
 mod prefixes;
 #[cfg(all(test, feature = "shuttle"))]
@@ -33,7 +35,6 @@ mod sessions;
 mod settings;
 mod snapshot;
 mod strategy;
-
 mod worker;
 
 pub use breaker::{BreakerReason, BreakerStats, CircuitState};

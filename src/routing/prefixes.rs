@@ -4,11 +4,13 @@
 //! something go, so that it guesses by age. A worker is known by the serial of its life: what was known of a life that is
 //! over is found by nobody any more, and is pushed out or grows old like everything else.
 
-use std::collections::HashMap;
+use std::hash::RandomState;
 use std::time::Duration;
 
-use slab::Slab;
+use hashlink::LinkedHashMap;
 use tokio::time::Instant;
+
+use super::worker::Life;
 
 /// The most prefixes that are known: some 15 MB, and the prompts of some 3,000 conversations of 8 KB each.
 pub(super) const MOST_PREFIXES: usize = 65_536;
@@ -25,31 +27,25 @@ pub(super) struct PrefixIndex {
     ttl: Duration,
     /// When it learned something for the first time.
     born: Option<Instant>,
-    places: HashMap<u64, usize>,
-    entries: Slab<Entry>,
-    /// The least and the most recently used.
-    ends: Option<(usize, usize)>,
+    /// By the prefix's hash, the least recently used one first.
+    entries: LinkedHashMap<u64, Holders, RandomState>,
 }
 
 /// A worker, and how many of a prompt's prefixes it holds: at least 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Held {
-    pub(super) serial: u64,
+    pub(super) life: Life,
     pub(super) prefixes: usize,
 }
 
+/// The most recent one first; those behind the last one are vacant.
 #[derive(Debug)]
-struct Entry {
-    hash: u64,
-    /// The most recent one first; those behind the last one are vacant.
-    holders: [Option<Holder>; HOLDERS],
-    older: Option<usize>,
-    newer: Option<usize>,
-}
+struct Holders([Option<Holder>; HOLDERS]);
 
 #[derive(Clone, Copy, Debug)]
 struct Holder {
     serial: u64,
+    account: u32,
     /// In seconds since the index learned something for the first time.
     used: u32,
 }
@@ -58,33 +54,23 @@ struct Holder {
 
 impl PrefixIndex {
     pub(super) fn new(cap: usize, ttl: Duration) -> Self {
-        Self { cap: cap.max(1), ttl, born: None, places: HashMap::new(), entries: Slab::new(), ends: None }
+        Self { cap: cap.max(1), ttl, born: None, entries: LinkedHashMap::default() }
     }
 
     /// A worker holds the prefixes with these hashes.
-    pub(super) fn learn(&mut self, hashes: impl IntoIterator<Item = u64>, serial: u64, now: Instant) {
+    pub(super) fn learn(&mut self, hashes: impl IntoIterator<Item = u64>, life: Life, now: Instant) {
         self.born.get_or_insert(now);
         self.expire(now);
-        let holder = Holder { serial, used: self.seconds(now) };
+        let holder = Holder { serial: life.serial, account: life.account, used: self.seconds(now) };
         for hash in hashes {
-            let place = match self.places.get(&hash) {
-                Some(&place) => {
-                    self.unlink(place);
-                    place
-                }
-                None => {
-                    if self.entries.len() >= self.cap
-                        && let Some((oldest, _)) = self.ends
-                    {
-                        self.forget(oldest);
-                    }
-                    let place = self.entries.insert(Entry { hash, holders: [None; HOLDERS], older: None, newer: None });
-                    self.places.insert(hash, place);
-                    place
-                }
-            };
-            self.entries[place].put_first(holder);
-            self.link_newest(place);
+            if let Some(holders) = self.entries.to_back(&hash) {
+                holders.put_first(holder);
+                continue;
+            }
+            if self.entries.len() >= self.cap {
+                self.entries.pop_front();
+            }
+            self.entries.insert(hash, Holders::of(holder));
         }
     }
 
@@ -94,10 +80,10 @@ impl PrefixIndex {
         let now = self.seconds(now);
         let mut found: Vec<Held> = Vec::new();
         for (index, hash) in hashes.iter().enumerate().rev() {
-            let Some(&place) = self.places.get(hash) else { continue };
-            for holder in self.entries[place].holders.iter().flatten().filter(|holder| self.is_fresh(holder, now)) {
-                if found.len() < FOUND && found.iter().all(|known| known.serial != holder.serial) {
-                    found.push(Held { serial: holder.serial, prefixes: index + 1 });
+            let Some(Holders(holders)) = self.entries.get(hash) else { continue };
+            for holder in holders.iter().flatten().filter(|holder| self.is_fresh(holder, now)) {
+                if found.len() < FOUND && found.iter().all(|known| known.life.serial != holder.serial) {
+                    found.push(Held { life: Life { serial: holder.serial, account: holder.account }, prefixes: index + 1 });
                 }
             }
         }
@@ -107,10 +93,12 @@ impl PrefixIndex {
     /// Forgets what nobody has used for too long.
     pub(super) fn expire(&mut self, now: Instant) {
         let now = self.seconds(now);
-        while let Some((oldest, _)) = self.ends
-            && !self.entries[oldest].holders[0].is_some_and(|holder| self.is_fresh(&holder, now))
+        while self
+            .entries
+            .front()
+            .is_some_and(|(_, Holders([latest, ..]))| !latest.is_some_and(|latest| self.is_fresh(&latest, now)))
         {
-            self.forget(oldest);
+            self.entries.pop_front();
         }
     }
 
@@ -121,47 +109,22 @@ impl PrefixIndex {
     fn seconds(&self, now: Instant) -> u32 {
         u32::try_from(now.saturating_duration_since(self.born.unwrap_or(now)).as_secs()).unwrap_or(u32::MAX)
     }
-
-    fn forget(&mut self, place: usize) {
-        self.unlink(place);
-        let entry = self.entries.remove(place);
-        self.places.remove(&entry.hash);
-    }
-
-    fn link_newest(&mut self, place: usize) {
-        let newest = self.ends.map(|(_, newest)| newest);
-        self.entries[place].older = newest;
-        self.entries[place].newer = None;
-        if let Some(newest) = newest {
-            self.entries[newest].newer = Some(place);
-        }
-        self.ends = Some((self.ends.map_or(place, |(oldest, _)| oldest), place));
-    }
-
-    fn unlink(&mut self, place: usize) {
-        let Entry { older, newer, .. } = self.entries[place];
-        if let Some(older) = older {
-            self.entries[older].newer = newer;
-        }
-        if let Some(newer) = newer {
-            self.entries[newer].older = older;
-        }
-        self.ends = self.ends.and_then(|(oldest, newest)| {
-            let oldest = if oldest == place { newer } else { Some(oldest) };
-            let newest = if newest == place { older } else { Some(newest) };
-            oldest.zip(newest)
-        });
-    }
 }
 
-// === impl Entry ===
+// === impl Holders ===
 
-impl Entry {
+impl Holders {
+    fn of(holder: Holder) -> Self {
+        let mut holders = [None; HOLDERS];
+        holders[0] = Some(holder);
+        Self(holders)
+    }
+
     fn put_first(&mut self, holder: Holder) {
         let is_its_own = |known: &Option<Holder>| known.is_none_or(|known| known.serial == holder.serial);
-        let last = self.holders.iter().position(is_its_own).unwrap_or(HOLDERS - 1);
-        self.holders[..=last].rotate_right(1);
-        self.holders[0] = Some(holder);
+        let last = self.0.iter().position(is_its_own).unwrap_or(HOLDERS - 1);
+        self.0[..=last].rotate_right(1);
+        self.0[0] = Some(holder);
     }
 }
 
@@ -175,6 +138,10 @@ mod tests {
     use crate::wire::{PrefixHashes, prefix_bytes};
 
     const TTL: u64 = 60;
+
+    fn life(serial: u64) -> Life {
+        Life { serial, account: 0 }
+    }
 
     /// Everything that was ever learned: a text, the serial of who holds it, and when.
     #[derive(Default)]
@@ -217,13 +184,13 @@ mod tests {
             for (text, serial, pause) in steps {
                 now += pause;
                 let hashes = PrefixHashes::of_prompt("m", &text);
-                index.learn(hashes.hashes().iter().copied(), serial, start + Duration::from_secs(now));
+                index.learn(hashes.hashes().iter().copied(), life(serial), start + Duration::from_secs(now));
                 model.0.push((text, serial, now));
                 for asked in &asked {
                     let hashes = PrefixHashes::of_prompt("m", asked);
                     let found = index.find(hashes.hashes(), start + Duration::from_secs(now));
                     prop_assert!(found.is_sorted_by(|one, next| one.prefixes >= next.prefixes));
-                    let mut found: Vec<_> = found.iter().map(|held| (held.serial, held.prefixes)).collect();
+                    let mut found: Vec<_> = found.iter().map(|held| (held.life.serial, held.prefixes)).collect();
                     found.sort_unstable();
                     prop_assert_eq!(found, model.find(asked, now));
                 }
@@ -240,15 +207,15 @@ mod tests {
             let mut now = start;
             for (hashes, serial, pause) in steps {
                 now += Duration::from_secs(pause);
-                index.learn(hashes.iter().copied(), serial, now);
-                prop_assert!(index.entries.len() <= cap && index.places.len() == index.entries.len());
+                index.learn(hashes.iter().copied(), life(serial), now);
+                prop_assert!(index.entries.len() <= cap);
                 if let Some(last) = hashes.last() {
-                    prop_assert_eq!(index.find(&[*last], now)[0], Held { serial, prefixes: 1 });
+                    prop_assert_eq!(index.find(&[*last], now)[0], Held { life: life(serial), prefixes: 1 });
                 }
                 prop_assert!(index.find(&(0..40).collect::<Vec<_>>(), now).len() <= FOUND);
             }
             index.expire(now + Duration::from_secs(TTL));
-            prop_assert_eq!((index.entries.len(), index.places.len(), index.ends), (0, 0, None));
+            prop_assert_eq!(index.entries.len(), 0);
         }
     }
 
@@ -257,18 +224,18 @@ mod tests {
         let now = Instant::now();
         let mut index = PrefixIndex::new(1_000, FORGOTTEN_AFTER);
         for number in 0..1_000_000_u64 {
-            index.learn([number.wrapping_mul(0x9e37_79b9_7f4a_7c15)], number % 5, now);
+            index.learn([number.wrapping_mul(0x9e37_79b9_7f4a_7c15)], life(number % 5), now);
         }
-        assert_eq!((index.entries.len(), index.places.len()), (1_000, 1_000));
-        assert!(index.entries.capacity() <= 2_048 && index.places.capacity() <= 4_096);
+        assert_eq!(index.entries.len(), 1_000);
+        assert!(index.entries.capacity() <= 4_096);
     }
 
     #[test]
     fn a_further_holder_takes_the_place_of_the_oldest() {
         let now = Instant::now();
         let mut index = PrefixIndex::new(10, FORGOTTEN_AFTER);
-        (0..8).chain([0, 8]).for_each(|serial| index.learn([1], serial, now));
-        let serials: Vec<_> = index.find(&[1], now).iter().map(|held| held.serial).collect();
+        (0..8).chain([0, 8]).for_each(|serial| index.learn([1], life(serial), now));
+        let serials: Vec<_> = index.find(&[1], now).iter().map(|held| held.life.serial).collect();
         assert_eq!(serials, [8, 0, 7, 6, 5, 4, 3, 2]);
     }
 }

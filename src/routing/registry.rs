@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::event::RouterEvent;
 use super::history::{Departed, History};
-use super::settings::RouterSettings;
+use super::hub::Hub;
 use super::worker::{Carrier, Live, Standing, Worker};
 use crate::wire::{Heartbeat, Registration, Skills, WorkerId};
 
@@ -58,14 +58,14 @@ pub enum HeartbeatVerdict {
 pub(super) struct Effects {
     pub(super) events: Vec<RouterEvent>,
     /// Presences that are over.
-    pub(super) gone: Vec<CancellationToken>,
+    pub(super) gone: Vec<Arc<CancellationToken>>,
     /// Requests that wait may find room.
     pub(super) room: bool,
 }
 
 #[derive(Debug)]
 pub(super) struct Registry {
-    settings: Arc<RouterSettings>,
+    hub: Arc<Hub>,
     members: BTreeMap<WorkerId, Member>,
     departed: Departed,
     /// Deregistered workers that were replaced before their last request ended.
@@ -92,9 +92,9 @@ const REPORT_LIFETIME: u32 = 3;
 // === impl Registry ===
 
 impl Registry {
-    pub(super) fn new(settings: Arc<RouterSettings>) -> Self {
+    pub(super) fn new(hub: Arc<Hub>) -> Self {
         Self {
-            settings,
+            hub,
             members: BTreeMap::new(),
             departed: Departed::default(),
             leaving: Vec::new(),
@@ -131,7 +131,7 @@ impl Registry {
             if self.departed.remembers(id, incarnation) {
                 return Registered::Ignored(IgnoredBecause::Deregistered);
             }
-            if self.members.len() >= self.settings.max_workers {
+            if self.members.len() >= self.hub.settings.max_workers {
                 return Registered::Ignored(IgnoredBecause::FleetFull);
             }
             let known = self.departed.take(id);
@@ -167,7 +167,7 @@ impl Registry {
     ) -> HeartbeatVerdict {
         let (id, incarnation) = (&heartbeat.worker_id, heartbeat.incarnation.as_str());
         if !self.members.contains_key(id) {
-            if self.departed.remembers(id, incarnation) || self.members.len() >= self.settings.max_workers {
+            if self.departed.remembers(id, incarnation) || self.members.len() >= self.hub.settings.max_workers {
                 return HeartbeatVerdict::Ignored;
             }
             if !incarnation.is_empty() {
@@ -196,7 +196,7 @@ impl Registry {
         let before = worker.load.total(now);
         let own = worker.load.own();
         let foreign = foreign.unwrap_or_else(|| heartbeat.metrics.active_requests.saturating_sub(own));
-        worker.load.report_foreign(foreign, self.settings.heartbeat_interval * REPORT_LIFETIME, now);
+        worker.load.report_foreign(foreign, self.hub.settings.heartbeat_interval * REPORT_LIFETIME, now);
         effects.room |= worker.load.total(now) < before;
         let is_more = self.hear(&worker, now, effects, |live| {
             live.update(heartbeat);
@@ -233,7 +233,7 @@ impl Registry {
             member.history.push(&member.worker.incarnation);
         }
         effects.events.push(RouterEvent::WorkerRemoved { worker_id: id.clone() });
-        self.departed.insert(id, member.history, self.settings.max_workers, last_seen);
+        self.departed.insert(id, member.history, self.hub.settings.max_workers, last_seen);
     }
 
     /// Our own connection is down: silence says nothing.
@@ -262,7 +262,7 @@ impl Registry {
             return;
         }
         self.departed.expire(now);
-        let timeout = self.settings.worker_offline_timeout;
+        let timeout = self.hub.settings.worker_offline_timeout;
         let mut silent = Vec::new();
         let mut over = Vec::new();
         let mut rested = Vec::new();
@@ -312,9 +312,9 @@ impl Registry {
 
     fn admit(&mut self, registration: &Registration, carrier: Carrier, mut history: History, is_back: bool, now: Instant) {
         self.serial += 1;
-        let worker = Arc::new(Worker::new(registration, carrier, self.serial, &self.settings, now));
+        let worker = Arc::new(Worker::new(registration, carrier, self.serial, self.hub.clone(), now));
         if is_back && carrier == Carrier::Nats {
-            let held = history.back(self.settings.flap_hold_max, now);
+            let held = history.back(self.hub.settings.flap_hold_max, now);
             worker.change(|live| live.held = held);
         }
         self.online += usize::from(worker.standing().is_online());
@@ -330,6 +330,7 @@ impl Registry {
         let finishing = old.live().deregistered.is_some() && old.load.own() > 0;
         if finishing {
             self.version += 1;
+            old.change(|live| live.succeeded = true);
             self.leaving.push(old.clone());
         } else {
             self.leave(&old, effects);
@@ -360,7 +361,7 @@ impl Registry {
     fn hear<T>(&mut self, worker: &Worker, now: Instant, effects: &mut Effects, take: impl FnOnce(&mut Live) -> T) -> T {
         let is_back = worker.live().offline.is_some();
         let history = self.members.get_mut(&worker.id).filter(|_| is_back).map(|member| &mut member.history);
-        let held = history.and_then(|history| history.back(self.settings.flap_hold_max, now));
+        let held = history.and_then(|history| history.back(self.hub.settings.flap_hold_max, now));
         self.change(worker, effects, |live| {
             live.heard(now);
             live.held = held.or(live.held);

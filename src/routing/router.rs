@@ -4,20 +4,18 @@
 
 use std::sync::Arc;
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::Guard;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::breaker::{BreakerReason, BreakerStats, CircuitState, Transition};
-use super::dice::Dice;
-use super::event::{Observer, RouterEvent};
+use super::breaker::BreakerStats;
+use super::event::Observer;
 use super::fleet::Fleet;
-use super::prefixes::{FORGOTTEN_AFTER, Held, MOST_PREFIXES, PrefixIndex};
+use super::hub::Hub;
 use super::registry::{Effects, HeartbeatVerdict, Registered, Registry};
-use super::sessions::{Binding, Sessions};
 use super::settings::RouterSettings;
 use super::snapshot::WorkerSnapshot;
-use super::worker::{Carrier, Worker};
+use super::worker::Carrier;
 use crate::config::Strategy;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -25,21 +23,10 @@ use crate::wire::{Heartbeat, PrefixHashes, Registration, WorkerId};
 
 /// The deciding core: who is in the fleet, and who gets a request.
 pub struct Router {
-    settings: Arc<RouterSettings>,
-    observer: Observer,
-    dice: Dice,
+    hub: Arc<Hub>,
     registry: Mutex<Registry>,
     /// That of the registry: a picture of another version is out of date.
     version: AtomicU64,
-    fleet: ArcSwap<Fleet>,
-    sessions: Mutex<Sessions>,
-    /// Empty under every strategy but `prefix_aware`.
-    prefixes: Mutex<PrefixIndex>,
-    /// How often a failure rate opened a breaker, and how often that had been when none was open by it any more. Equal:
-    /// none is.
-    rate_openings: AtomicU64,
-    rate_settled: AtomicU64,
-    capacity_freed: Notify,
     membership: watch::Sender<usize>,
 }
 
@@ -52,20 +39,12 @@ impl Router {
     /// A router without workers. The seed decides every random choice.
     #[must_use]
     pub fn new(settings: RouterSettings, seed: u64, observer: Observer) -> Arc<Self> {
-        let settings = Arc::new(settings);
+        let hub = Arc::new(Hub::new(settings, seed, observer));
         Arc::new(Self {
-            observer,
-            dice: Dice::new(seed),
-            registry: Mutex::new(Registry::new(settings.clone())),
+            registry: Mutex::new(Registry::new(hub.clone())),
+            hub,
             version: AtomicU64::new(0),
-            fleet: ArcSwap::default(),
-            sessions: Mutex::new(Sessions::new(settings.session_ttl, settings.max_sessions)),
-            prefixes: Mutex::new(PrefixIndex::new(MOST_PREFIXES, FORGOTTEN_AFTER)),
-            rate_openings: AtomicU64::new(0),
-            rate_settled: AtomicU64::new(0),
-            capacity_freed: Notify::new(),
             membership: watch::Sender::new(0),
-            settings,
         })
     }
 
@@ -112,24 +91,24 @@ impl Router {
     /// be called every so often; nothing that [`Self::select`] decides waits for it but silence.
     pub fn expire(&self, now: Instant) {
         self.with_registry(|registry, effects| registry.expire(now, effects));
-        self.sessions.lock().expire(now);
-        self.prefixes.lock().expire(now);
+        self.hub.sessions.lock().expire(now);
+        self.hub.prefixes.lock().expire(now);
         let mut reopened = false;
         let mut open_by_rate = false;
-        let openings = self.rate_openings.load(Ordering::SeqCst);
+        let openings = self.hub.rate_openings();
         for worker in self.fleet().workers.values() {
             reopened |= worker.load.has_rested(now);
-            let Some(breaker) = &worker.breaker else { continue };
-            let transition = breaker.tick(now);
+            let Some((breaker, settings)) = worker.breaker() else { continue };
+            let transition = breaker.tick(settings, now);
             open_by_rate |= breaker.opened_by_rate();
             reopened |= transition.is_some();
-            self.tell_breaker(worker, transition);
+            self.hub.tell_breaker(worker, transition);
         }
         if !open_by_rate {
-            self.rate_settled.store(openings, Ordering::SeqCst);
+            self.hub.rates_settled(openings);
         }
         if reopened {
-            self.capacity_freed.notify_waiters();
+            self.hub.capacity_freed.notify_waiters();
         }
     }
 
@@ -137,7 +116,7 @@ impl Router {
     /// `notified()` before it selects again, or it may miss the one that matters.
     #[must_use]
     pub fn capacity_freed(&self) -> &Notify {
-        &self.capacity_freed
+        &self.hub.capacity_freed
     }
 
     /// How many workers are online.
@@ -175,16 +154,16 @@ impl Router {
     pub fn breaker_stats(&self, now: Instant) -> Vec<(WorkerId, BreakerStats)> {
         let fleet = self.fleet();
         let stats = fleet.workers.values();
-        stats.filter_map(|worker| Some((worker.id.clone(), worker.breaker.as_ref()?.stats(now)))).collect()
+        stats.filter_map(|worker| Some((worker.id.clone(), worker.breaker()?.0.stats(now)))).collect()
     }
 
     /// Closes a breaker and forgets what it has seen. False: the worker is unknown, or there are no breakers.
     pub fn reset_breaker(&self, id: &str, now: Instant) -> bool {
         let fleet = self.fleet();
         let Some(worker) = fleet.workers.get(id) else { return false };
-        let (Some(breaker), Some(settings)) = (&worker.breaker, &self.settings.breaker) else { return false };
-        self.tell_breaker(worker, breaker.reset(settings, now));
-        self.capacity_freed.notify_waiters();
+        let Some((breaker, settings)) = worker.breaker() else { return false };
+        self.hub.tell_breaker(worker, breaker.reset(settings, now));
+        self.hub.capacity_freed.notify_waiters();
         true
     }
 
@@ -192,8 +171,8 @@ impl Router {
     pub fn force_open_breaker(&self, id: &str, now: Instant) -> bool {
         let fleet = self.fleet();
         let Some(worker) = fleet.workers.get(id) else { return false };
-        let Some(breaker) = &worker.breaker else { return false };
-        self.tell_breaker(worker, breaker.force_open(now));
+        let Some((breaker, settings)) = worker.breaker() else { return false };
+        self.hub.tell_breaker(worker, breaker.force_open(settings, now));
         true
     }
 
@@ -212,17 +191,7 @@ impl Router {
     /// Whether [`Query::prompt`](super::Query::prompt) makes a difference: hashing a prompt is work.
     #[must_use]
     pub fn wants_prefixes(&self) -> bool {
-        self.settings.strategy == Strategy::PrefixAware
-    }
-
-    /// Who most likely holds something of a prompt.
-    pub(super) fn holders(&self, prompt: &PrefixHashes, now: Instant) -> Vec<Held> {
-        self.prefixes.lock().find(prompt.hashes(), now)
-    }
-
-    /// A worker holds the prefixes with these hashes.
-    pub(super) fn learn(&self, hashes: impl IntoIterator<Item = u64>, serial: u64, now: Instant) {
-        self.prefixes.lock().learn(hashes, serial, now);
+        self.hub.settings.strategy == Strategy::PrefixAware
     }
 
     /// Learns what a heartbeat names. What it leaves out may still be there: it has room for some hashes only.
@@ -231,60 +200,12 @@ impl Router {
         let worker = fleet.workers.get(&heartbeat.worker_id);
         if let Some(worker) = worker.filter(|worker| *worker.incarnation == *heartbeat.incarnation) {
             let named = heartbeat.cached_prefixes.iter().take(MOST_CACHED_PREFIXES);
-            self.learn(named.filter_map(|text| PrefixHashes::parse(text)), worker.serial, now);
+            self.hub.learn(named.filter_map(|text| PrefixHashes::parse(text)), worker, now);
         }
     }
 
-    pub(super) fn settings(&self) -> &RouterSettings {
-        &self.settings
-    }
-
-    /// Whether a breaker may be open by its failure rate.
-    pub(super) fn may_panic(&self) -> bool {
-        self.rate_openings.load(Ordering::SeqCst) != self.rate_settled.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn sessions(&self) -> &Mutex<Sessions> {
-        &self.sessions
-    }
-
-    pub(super) fn dice(&self) -> &Dice {
-        &self.dice
-    }
-
-    /// Tells the observer of a transition; true where there was one to tell. What becomes of the breaker of a life that is
-    /// over is nobody's business: it would be taken for that of the life after it. Never called under a lock.
-    pub(super) fn tell_breaker(&self, worker: &Worker, transition: Option<Transition>) -> bool {
-        let is_current = || self.fleet().workers.get(&worker.id).is_some_and(|current| current.serial == worker.serial);
-        let transition = transition.filter(|_| is_current());
-        if let Some(Transition { from, to, reason }) = transition {
-            if reason == BreakerReason::FailureRate {
-                self.rate_openings.fetch_add(1, Ordering::SeqCst);
-            }
-            (self.observer)(RouterEvent::BreakerChanged { worker_id: worker.id.clone(), from, to, reason });
-            if to == CircuitState::Closed {
-                self.capacity_freed.notify_waiters();
-            }
-        }
-        transition.is_some()
-    }
-
-    /// Gives a session to the worker that answered after its own had failed.
-    pub(super) fn move_session(&self, session: &str, from: &Binding, to: &Worker, now: Instant) {
-        {
-            let mut sessions = self.sessions.lock();
-            if sessions.find(session, now).is_some_and(|bound| bound != *from) {
-                return;
-            }
-            sessions.bind(session, to.binding(), now);
-        }
-        self.tell_session(&from.worker, to);
-    }
-
-    pub(super) fn tell_session(&self, from: &WorkerId, to: &Worker) {
-        if *from != to.id {
-            (self.observer)(RouterEvent::SessionMoved { worker_id: to.id.clone(), previous: from.clone() });
-        }
+    pub(super) fn hub(&self) -> &Hub {
+        &self.hub
     }
 
     /// Changes membership, and then tells what followed.
@@ -302,26 +223,37 @@ impl Router {
             gone.cancel();
         }
         for event in effects.events {
-            (self.observer)(event);
+            (self.hub.observer)(event);
         }
         if effects.room {
-            self.capacity_freed.notify_waiters();
+            self.hub.capacity_freed.notify_waiters();
         }
         result
     }
 
     /// The picture of the fleet, made anew when membership has changed since the last one.
-    pub(super) fn fleet(&self) -> Guard<Arc<Fleet>> {
-        let fleet = self.fleet.load();
+    fn fleet(&self) -> Guard<Arc<Fleet>> {
+        let fleet = self.hub.fleet.load();
         if self.is_current(&fleet) {
             return fleet;
         }
         let registry = self.registry.lock();
-        let before = self.fleet.load();
+        let before = self.hub.fleet.load();
         if before.version != registry.version() {
-            self.fleet.store(Arc::new(Fleet::new(registry.version(), registry.workers(), &before)));
+            let fleet = Fleet::new(registry.version(), registry.workers(), &before, &self.hub.ledger);
+            self.hub.fleet.store(Arc::new(fleet));
         }
-        self.fleet.load()
+        self.hub.fleet.load()
+    }
+
+    /// The same, with everybody's account as it has to be at this time.
+    pub(super) fn fleet_at(&self, now: Instant) -> Guard<Arc<Fleet>> {
+        let fleet = self.fleet();
+        if self.hub.ledger.is_due(now) {
+            self.hub.ledger.settle();
+            fleet.workers.values().for_each(|worker| worker.settle(now));
+        }
+        fleet
     }
 
     pub(super) fn is_current(&self, fleet: &Fleet) -> bool {
@@ -329,8 +261,15 @@ impl Router {
     }
 }
 
+impl Drop for Router {
+    fn drop(&mut self) {
+        // Or the workers in it would keep each other, by the hub.
+        self.hub.fleet.store(Arc::default());
+    }
+}
+
 impl std::fmt::Debug for Router {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Router").field("settings", &self.settings).finish_non_exhaustive()
+        f.debug_struct("Router").field("settings", &self.hub.settings).finish_non_exhaustive()
     }
 }

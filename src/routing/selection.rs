@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::fleet::{Candidates, Fleet, Model, WarmUp};
+use super::hub::Hub;
 use super::lease::{Choice, Lease};
 use super::router::Router;
 use super::sessions::Binding;
@@ -90,30 +91,31 @@ impl Router {
     /// # Errors
     /// The [`Refusal`] says why nobody was chosen, in this order: nobody online, nobody serves the model, everybody was
     /// tried (only with a non-empty `exclude`, and then before the others), every breaker refuses, everybody is full.
-    pub fn select(self: &Arc<Self>, query: &Query<'_>, now: Instant) -> Result<Lease, Refusal> {
+    pub fn select(&self, query: &Query<'_>, now: Instant) -> Result<Lease, Refusal> {
         if let Some(id) = query.worker_id {
             let mut lease = self.select_named(id, query.model_id, now)?;
             self.will_teach(&mut lease, query);
             return Ok(lease);
         }
-        let session = query.session_id.filter(|_| self.settings().session_affinity);
-        let bound = session.and_then(|session| self.sessions().lock().find(session, now));
+        let hub = self.hub();
+        let session = query.session_id.filter(|_| hub.settings.session_affinity);
+        let bound = session.and_then(|session| hub.sessions.lock().find(session, now));
         let prompt = query.prompt.filter(|_| self.wants_prefixes());
-        let held = prompt.filter(|_| session.is_none()).map(|prompt| self.holders(prompt, now));
+        let held = prompt.filter(|_| session.is_none()).map(|prompt| hub.prefixes.lock().find(prompt.hashes(), now));
         let caches = prompt.zip(held.as_deref()).map(|(prompt, held)| Caches { prompt, held });
         loop {
-            let fleet = self.fleet();
+            let fleet = self.fleet_at(now);
             let model = fleet.model(query.model_id);
-            let panic = model.is_some_and(|model| self.panics(model, now));
+            let panic = model.is_some_and(|model| hub.panics(&fleet, model));
             let chosen = model.and_then(|model| {
                 let candidates = Candidates {
+                    fleet: &fleet,
                     model,
                     model_id: query.model_id,
                     exclude: query.exclude,
                     tier: Standing::Online,
                     panic,
                     warm_up: None,
-                    settings: self.settings(),
                     now,
                 };
                 Some((model, self.choose(candidates, session, bound.as_ref(), caches)?))
@@ -124,7 +126,7 @@ impl Router {
                 }
                 continue;
             };
-            if let Some(mut lease) = self.claim(&model.workers[place], choice, panic, now) {
+            if let Some(mut lease) = claim(&model.workers[place], choice, panic, now) {
                 if let Some(session) = session {
                     self.settle_session(session, bound, query.exclude, &mut lease, &fleet, now);
                 }
@@ -138,10 +140,10 @@ impl Router {
     /// room.
     #[must_use]
     pub fn has_untried(&self, query: &Query<'_>, now: Instant) -> bool {
-        let fleet = self.fleet();
+        let fleet = self.fleet_at(now);
         fleet.model(query.model_id).is_some_and(|model| {
-            let panic = self.panics(model, now);
-            let may = |worker: &Worker| worker.standing().is_online() && worker.admits(self.settings(), panic, now);
+            let panic = self.hub().panics(&fleet, model);
+            let may = |worker: &Worker| worker.standing().is_online() && worker.admits(panic, now);
             model.workers.iter().any(|worker| may(worker) && !query.exclude.contains(&worker.id))
         })
     }
@@ -160,57 +162,21 @@ impl Router {
             let Some(session) = session else {
                 return self.choose_by_strategy(candidates, caches);
             };
-            let own = bound.and_then(|bound| {
-                let place = candidates.model.find(&bound.worker)?;
-                (candidates.model.workers[place].serial == bound.serial && candidates.admits(place)).then_some(place)
-            });
+            let own = bound.and_then(|bound| candidates.model.find(bound.life)).filter(|&place| candidates.admits(place));
             if let Some(place) = own {
                 return Some((place, Choice::Affinity));
             }
-            let session = rendezvous::fnv(session);
-            let scored = candidates.iter_from(0).map(|(place, worker)| (rendezvous::score(session, worker.seat), place));
-            let (_, place) = scored.reduce(|best, next| if next.0 > best.0 { next } else { best })?;
-            Some((place, Choice::Rendezvous))
+            Some((candidates.highest_score(rendezvous::fnv(session))?, Choice::Rendezvous))
         })
     }
 
     fn choose_by_strategy(&self, candidates: Candidates<'_>, caches: Option<Caches<'_>>) -> Option<(usize, Choice)> {
-        let pick = |candidates| strategy::pick(self.settings().strategy, &candidates, caches, self.dice());
-        let length = self.settings().slow_start.filter(|_| candidates.model.workers.len() >= WARM_UP_FROM);
-        let warm_up = length.map(|length| WarmUp { length, draw: self.dice().roll().u64(..) });
+        let Hub { settings, dice, .. } = self.hub();
+        let pick = |candidates| strategy::pick(settings.strategy, &candidates, caches, dice);
+        let length = settings.slow_start.filter(|_| candidates.model.workers.len() >= WARM_UP_FROM);
+        let warm_up = length.map(|length| WarmUp { length, draw: dice.roll().u64(..) });
         // Where nobody is warm enough, all are candidates.
         warm_up.and_then(|warm_up| pick(Candidates { warm_up: Some(warm_up), ..candidates })).or_else(|| pick(candidates))
-    }
-
-    /// Whether so few of a model's workers are admitted that the failure rate keeps nobody out any more.
-    fn panics(&self, model: &Model, now: Instant) -> bool {
-        let Some(breakers) = self.settings().breaker.as_ref().filter(|_| self.may_panic()) else {
-            return false;
-        };
-        let online = || model.workers.iter().filter(|worker| worker.standing().is_online());
-        let admitted = online().filter(|worker| worker.admits(self.settings(), false, now)).count();
-        let all = online().count();
-        all.saturating_sub(admitted) as f64 / all as f64 > breakers.max_open
-    }
-
-    /// Takes a place and a permit; `None` when the worker cannot give them any more.
-    fn claim(self: &Arc<Self>, worker: &Arc<Worker>, choice: Choice, panic: bool, now: Instant) -> Option<Lease> {
-        if !worker.load.try_enter(now) {
-            return None;
-        }
-        let Some(gone) = worker.presence() else {
-            // Nobody else can take this place either: there is nothing to tell those who wait.
-            worker.load.leave();
-            return None;
-        };
-        // From here on the lease gives the place back, whatever happens.
-        let mut lease = Lease::new(self.clone(), worker.clone(), gone, choice, now);
-        if let (Some(breaker), Some(settings)) = (&worker.breaker, &self.settings().breaker) {
-            let (permit, transition) = breaker.acquire(settings, panic, now)?;
-            lease.hold(permit);
-            self.tell_breaker(worker, transition);
-        }
-        Some(lease)
     }
 
     /// What the lease's worker answers, it will hold in its cache.
@@ -231,56 +197,33 @@ impl Router {
         fleet: &Fleet,
         now: Instant,
     ) {
-        let taken = lease.worker().binding();
         match bound {
-            Some(bound) if bound == taken => {}
+            Some(bound) if bound.life == lease.worker().life => {}
             Some(bound) if exclude.contains(&bound.worker) => lease.moves_with_success(session, bound),
             Some(bound) if fleet.workers.get(&bound.worker).is_some_and(|worker| worker.keeps(&bound)) => {}
             bound => {
-                self.sessions().lock().bind(session, taken, now);
+                self.hub().sessions.lock().bind(session, lease.worker().binding(), now);
                 if let Some(bound) = bound {
-                    self.tell_session(&bound.worker, lease.worker());
+                    self.hub().tell_session(&bound.worker, lease.worker());
                 }
             }
         }
     }
 
-    /// Who was no candidate beside the chosen worker, and why, as it looks now.
-    pub(super) fn left_out(&self, query: &Query<'_>, chosen: &Worker, now: Instant) -> Vec<(WorkerId, LeftOut)> {
-        let fleet = self.fleet();
-        let model = fleet.model(query.model_id);
-        let panic = model.is_some_and(|model| self.panics(model, now));
-        let others = model.map_or(&[][..], |model| &model.workers).iter().filter(|worker| worker.serial != chosen.serial);
-        others
-            .filter_map(|worker| {
-                let why = match worker.standing() {
-                    Standing::Offline | Standing::Draining => return None,
-                    Standing::Unheard => LeftOut::Unheard,
-                    _ if query.exclude.contains(&worker.id) => LeftOut::Tried,
-                    _ if !worker.admits(self.settings(), panic, now) => LeftOut::CircuitOpen,
-                    _ if !worker.load.has_room(now) => LeftOut::Full,
-                    standing if standing > chosen.standing() => LeftOut::Degraded,
-                    _ => return None,
-                };
-                Some((worker.id.clone(), why))
-            })
-            .collect()
-    }
-
-    fn select_named(self: &Arc<Self>, id: &str, model_id: &str, now: Instant) -> Result<Lease, Refusal> {
-        let fleet = self.fleet();
+    fn select_named(&self, id: &str, model_id: &str, now: Instant) -> Result<Lease, Refusal> {
+        let fleet = self.fleet_at(now);
         let Some(worker) = fleet.workers.get(id).filter(|worker| worker.standing().is_online()) else {
             return Err(Refusal::WorkerOffline);
         };
         if !worker.live().models.iter().any(|model| **model == *model_id) {
             return Err(Refusal::ModelNotFound);
         }
-        if let Some(lease) = self.claim(worker, Choice::Named, false, now) {
+        if let Some(lease) = claim(worker, Choice::Named, false, now) {
             return Ok(lease);
         }
-        match (&worker.breaker, &self.settings().breaker) {
+        match worker.breaker() {
             _ if !worker.standing().is_online() => Err(Refusal::WorkerOffline),
-            (Some(breaker), Some(settings)) if !breaker.admits(settings, false, now) => {
+            Some((breaker, settings)) if !breaker.admits(settings, false, now) => {
                 Err(Refusal::CircuitOpen { retry_after: breaker.retry_after(now).unwrap_or(settings.open_for) })
             }
             _ => Err(Refusal::Full),
@@ -293,8 +236,8 @@ impl Router {
         let serving = model.map_or(&[][..], |model| &model.workers);
         for worker in serving.iter().filter(|worker| worker.standing().is_online()) {
             total += 1;
-            match (&worker.breaker, &self.settings().breaker) {
-                (Some(breaker), Some(settings)) if !breaker.admits(settings, panic, now) => {
+            match worker.breaker() {
+                Some((breaker, settings)) if !breaker.admits(settings, panic, now) => {
                     let wait = breaker.retry_after(now).unwrap_or(settings.open_for);
                     soonest = Some(soonest.map_or(wait, |soonest: Duration| soonest.min(wait)));
                 }
@@ -316,6 +259,59 @@ impl Router {
             Refusal::ModelNotFound
         }
     }
+}
+
+// === impl Hub ===
+
+impl Hub {
+    /// Whether so few of a model's workers are admitted that the failure rate keeps nobody out any more.
+    fn panics(&self, fleet: &Fleet, model: &Model) -> bool {
+        let breakers = self.settings.breaker.as_ref().filter(|_| self.may_panic());
+        let share = |part: usize| part as f64 / model.workers.len() as f64;
+        breakers.is_some_and(|breakers| share(model.workers.len().saturating_sub(model.admitted(fleet))) > breakers.max_open)
+    }
+
+    /// Who was no candidate beside the chosen worker, and why, as it looks now.
+    pub(super) fn left_out(&self, query: &Query<'_>, chosen: &Worker, now: Instant) -> Vec<(WorkerId, LeftOut)> {
+        let fleet = self.fleet.load();
+        let model = fleet.model(query.model_id);
+        let panic = model.is_some_and(|model| self.panics(&fleet, model));
+        let others = model.map_or(&[][..], |model| &model.workers).iter().filter(|worker| worker.life != chosen.life);
+        others
+            .filter_map(|worker| {
+                let why = match worker.standing() {
+                    Standing::Offline | Standing::Draining => return None,
+                    Standing::Unheard => LeftOut::Unheard,
+                    _ if query.exclude.contains(&worker.id) => LeftOut::Tried,
+                    _ if !worker.admits(panic, now) => LeftOut::CircuitOpen,
+                    _ if !worker.load.has_room(now) => LeftOut::Full,
+                    standing if standing > chosen.standing() => LeftOut::Degraded,
+                    _ => return None,
+                };
+                Some((worker.id.clone(), why))
+            })
+            .collect()
+    }
+}
+
+/// Takes a place and a permit; `None` when the worker cannot give them any more.
+fn claim(worker: &Arc<Worker>, choice: Choice, panic: bool, now: Instant) -> Option<Lease> {
+    if !worker.load.try_enter(now) {
+        return None;
+    }
+    let Some(gone) = worker.presence() else {
+        // Nobody else can take this place either: there is nothing to tell those who wait.
+        worker.load.leave();
+        return None;
+    };
+    // From here on the lease gives the place back, whatever happens.
+    let mut lease = Lease::new(worker.clone(), gone, choice, now);
+    if let Some((breaker, settings)) = worker.breaker() {
+        let (permit, transition) = breaker.acquire(settings, panic, now)?;
+        lease.hold(permit);
+        worker.hub.tell_breaker(worker, transition);
+    }
+    Some(lease)
 }
 
 // === impl LeftOut ===

@@ -3,85 +3,75 @@
 //! All sessions live equally long since their last use, so that one list in the order of use serves both the time limit
 //! and the cap: finding, binding and forgetting take constant time.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::hash::RandomState;
 use std::time::Duration;
 
-use slab::Slab;
+use hashlink::LinkedHashMap;
+use hashlink::linked_hash_map::RawEntryMut;
 use tokio::time::Instant;
 
+use super::worker::Life;
 use crate::wire::WorkerId;
 
 #[derive(Debug)]
 pub(super) struct Sessions {
     ttl: Duration,
     cap: usize,
-    places: HashMap<Arc<str>, usize>,
-    entries: Slab<Entry>,
-    /// The least and the most recently used.
-    ends: Option<(usize, usize)>,
+    /// The least recently used one first. Callers choose the names: the hash has a key of its own.
+    entries: LinkedHashMap<Box<str>, Entry, RandomState>,
 }
 
 /// One life of one worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Binding {
     pub(super) worker: WorkerId,
-    pub(super) serial: u64,
+    pub(super) life: Life,
 }
 
 #[derive(Debug)]
 struct Entry {
-    session: Arc<str>,
     binding: Binding,
     used: Instant,
-    older: Option<usize>,
-    newer: Option<usize>,
 }
 
 // === impl Sessions ===
 
 impl Sessions {
     pub(super) fn new(ttl: Duration, cap: usize) -> Self {
-        Self { ttl, cap, places: HashMap::new(), entries: Slab::new(), ends: None }
+        Self { ttl, cap: cap.max(1), entries: LinkedHashMap::default() }
     }
 
     /// The worker of a session; asking is using.
     pub(super) fn find(&mut self, session: &str, now: Instant) -> Option<Binding> {
-        let place = *self.places.get(session)?;
-        if now.saturating_duration_since(self.entries[place].used) >= self.ttl {
-            self.forget(place);
+        let RawEntryMut::Occupied(mut found) = self.entries.raw_entry_mut().from_key(session) else { return None };
+        if found.get().is_over(self.ttl, now) {
+            found.remove();
             return None;
         }
-        self.unlink(place);
-        self.link_newest(place, now);
-        Some(self.entries[place].binding.clone())
+        found.to_back();
+        let entry = found.into_mut();
+        entry.used = now;
+        Some(entry.binding.clone())
     }
 
     /// Gives a session to a worker and says whose it was.
     pub(super) fn bind(&mut self, session: &str, binding: Binding, now: Instant) -> Option<Binding> {
-        if let Some(&place) = self.places.get(session) {
-            self.unlink(place);
-            self.link_newest(place, now);
-            return Some(std::mem::replace(&mut self.entries[place].binding, binding));
+        if let RawEntryMut::Occupied(mut found) = self.entries.raw_entry_mut().from_key(session) {
+            found.to_back();
+            return Some(found.replace_value(Entry { binding, used: now }).binding);
         }
         self.expire(now);
-        while self.entries.len() >= self.cap.max(1) {
-            self.forget_oldest();
+        while self.entries.len() >= self.cap {
+            self.entries.pop_front();
         }
-        let session: Arc<str> = session.into();
-        let entry = Entry { session: session.clone(), binding, used: now, older: None, newer: None };
-        let place = self.entries.insert(entry);
-        self.places.insert(session, place);
-        self.link_newest(place, now);
+        self.entries.insert(session.into(), Entry { binding, used: now });
         None
     }
 
     /// Forgets what was not used for too long.
     pub(super) fn expire(&mut self, now: Instant) {
-        while let Some((oldest, _)) = self.ends
-            && now.saturating_duration_since(self.entries[oldest].used) >= self.ttl
-        {
-            self.forget(oldest);
+        while self.entries.front().is_some_and(|(_, oldest)| oldest.is_over(self.ttl, now)) {
+            self.entries.pop_front();
         }
     }
 
@@ -89,44 +79,13 @@ impl Sessions {
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
+}
 
-    fn forget_oldest(&mut self) {
-        if let Some((oldest, _)) = self.ends {
-            self.forget(oldest);
-        }
-    }
+// === impl Entry ===
 
-    fn forget(&mut self, place: usize) {
-        self.unlink(place);
-        let entry = self.entries.remove(place);
-        self.places.remove(&entry.session);
-    }
-
-    fn link_newest(&mut self, place: usize, now: Instant) {
-        let newest = self.ends.map(|(_, newest)| newest);
-        let entry = &mut self.entries[place];
-        entry.used = now;
-        entry.older = newest;
-        entry.newer = None;
-        if let Some(newest) = newest {
-            self.entries[newest].newer = Some(place);
-        }
-        self.ends = Some((self.ends.map_or(place, |(oldest, _)| oldest), place));
-    }
-
-    fn unlink(&mut self, place: usize) {
-        let Entry { older, newer, .. } = self.entries[place];
-        if let Some(older) = older {
-            self.entries[older].newer = newer;
-        }
-        if let Some(newer) = newer {
-            self.entries[newer].older = older;
-        }
-        self.ends = self.ends.and_then(|(oldest, newest)| {
-            let oldest = if oldest == place { newer } else { Some(oldest) };
-            let newest = if newest == place { older } else { Some(newest) };
-            oldest.zip(newest)
-        });
+impl Entry {
+    fn is_over(&self, ttl: Duration, now: Instant) -> bool {
+        now.saturating_duration_since(self.used) >= ttl
     }
 }
 
@@ -137,7 +96,7 @@ mod tests {
     use super::*;
 
     fn to(name: &str) -> Binding {
-        Binding { worker: WorkerId::new(name).unwrap(), serial: 1 }
+        Binding { worker: WorkerId::new(name).unwrap(), life: Life { serial: 1, account: 0 } }
     }
 
     #[tokio::test(start_paused = true)]
@@ -176,6 +135,6 @@ mod tests {
         for number in 0..50_000_u32 {
             sessions.bind(&number.to_string(), to("a"), now);
         }
-        assert_eq!((sessions.len(), sessions.places.len(), sessions.entries.capacity() <= 256), (100, 100, true));
+        assert_eq!((sessions.len(), sessions.entries.capacity() <= 256), (100, true));
     }
 }

@@ -53,7 +53,7 @@ pub struct WorkerSnapshot {
 
 impl WorkerSnapshot {
     pub(super) fn new(worker: &Worker, now: Instant) -> Self {
-        let breaker = worker.breaker.as_ref().map_or(CircuitState::Disabled, |breaker| breaker.state(now));
+        let breaker = worker.breaker().map_or(CircuitState::Disabled, |(breaker, _)| breaker.state(now));
         let live = worker.live();
         Self {
             worker_id: worker.id.clone(),

@@ -8,10 +8,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::breaker::Breaker;
+use super::hub::Hub;
+use super::ledger::Entry;
 use super::load::Load;
 use super::rendezvous;
 use super::sessions::Binding;
-use super::settings::RouterSettings;
+use super::settings::BreakerSettings;
 use crate::sync::atomic::{AtomicU8, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 use crate::wire::{Capacity, Feature, Heartbeat, Phase, Registration, WorkerId, WorkerStatus};
@@ -46,12 +48,20 @@ pub(super) enum Standing {
 /// A worker that names more models than this, one heartbeat after the other, is not believed.
 const MODELS_FROM_HEARTBEATS: usize = 1024;
 
+/// Tells one life of a worker from every other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Life {
+    pub(super) serial: u64,
+    /// Its account in the ledger, which becomes another's when this life is forgotten.
+    pub(super) account: u32,
+}
+
 #[derive(Debug)]
 pub(super) struct Worker {
+    pub(super) hub: Arc<Hub>,
     pub(super) id: WorkerId,
     pub(super) incarnation: Arc<str>,
-    /// Tells this life from every other.
-    pub(super) serial: u64,
+    pub(super) life: Life,
     pub(super) carrier: Carrier,
     /// It speaks the older dialect.
     pub(super) legacy: bool,
@@ -60,7 +70,7 @@ pub(super) struct Worker {
     /// For `weighted_random`.
     pub(super) weight: f64,
     pub(super) load: Load,
-    pub(super) breaker: Option<Breaker>,
+    breaker: Option<Breaker>,
     standing: AtomicU8,
     features: AtomicU8,
     live: Mutex<Live>,
@@ -90,20 +100,18 @@ pub(super) struct Live {
     pub(super) drained: Option<Instant>,
     pub(super) deregistered: Option<Instant>,
     pub(super) offline: Option<Instant>,
+    /// Nothing is to be expected of it any more.
     pub(super) replaced: bool,
-    pub(super) gone: CancellationToken,
+    /// Another life has its name; what it has may finish.
+    pub(super) succeeded: bool,
+    /// A clone of the token itself would take its lock.
+    pub(super) gone: Arc<CancellationToken>,
 }
 
 // === impl Worker ===
 
 impl Worker {
-    pub(super) fn new(
-        registration: &Registration,
-        carrier: Carrier,
-        serial: u64,
-        settings: &RouterSettings,
-        now: Instant,
-    ) -> Self {
+    pub(super) fn new(registration: &Registration, carrier: Carrier, serial: u64, hub: Arc<Hub>, now: Instant) -> Self {
         let mut live = Live {
             status: registration.status,
             phase: Phase::default(),
@@ -125,23 +133,29 @@ impl Worker {
             deregistered: None,
             offline: None,
             replaced: false,
-            gone: CancellationToken::new(),
+            succeeded: false,
+            gone: Arc::default(),
         };
         live.describe(registration);
         let id = registration.worker_id.clone();
+        let account = hub.ledger.open(now);
+        let standing = live.standing();
+        account.mark(Entry::ASIDE, standing != Standing::Online);
+        let breaker = hub.settings.breaker.as_ref().map(|breaker| Breaker::new(breaker, account.clone(), now));
         Self {
             incarnation: registration.incarnation.as_str().into(),
-            serial,
+            life: Life { serial, account: account.number() },
             carrier,
             legacy: registration.is_older(),
             seat: rendezvous::seat(&id),
-            weight: settings.weights.get(id.as_str()).copied().unwrap_or(1.0),
-            load: Load::new(live.capacity.max_concurrent, now),
-            breaker: settings.breaker.as_ref().map(|breaker| Breaker::new(breaker, now)),
-            standing: AtomicU8::new(live.standing() as u8),
+            weight: hub.settings.weights.get(id.as_str()).copied().unwrap_or(1.0),
+            load: Load::new(account, live.capacity.max_concurrent, now),
+            breaker,
+            standing: AtomicU8::new(standing as u8),
             features: AtomicU8::new(feature_bits(&live.features)),
             live: Mutex::new(live),
             id,
+            hub,
         }
     }
 
@@ -170,32 +184,56 @@ impl Worker {
         let result = change(&mut live);
         self.load.set_limit(live.capacity.max_concurrent);
         self.features.store(feature_bits(&live.features), Ordering::Relaxed);
-        self.standing.store(live.standing() as u8, Ordering::Release);
+        let standing = live.standing();
+        self.standing.store(standing as u8, Ordering::Release);
+        self.load.account().mark(Entry::ASIDE, standing != Standing::Online);
         result
     }
 
+    /// Its breaker, with the settings of all breakers.
+    pub(super) fn breaker(&self) -> Option<(&Breaker, &BreakerSettings)> {
+        self.breaker.as_ref().zip(self.hub.settings.breaker.as_ref())
+    }
+
     /// Whether its breaker would let a request through.
-    pub(super) fn admits(&self, settings: &RouterSettings, panic: bool, now: Instant) -> bool {
-        match (&self.breaker, &settings.breaker) {
-            (Some(breaker), Some(settings)) => breaker.admits(settings, panic, now),
-            _ => true,
+    pub(super) fn admits(&self, panic: bool, now: Instant) -> bool {
+        self.breaker().is_none_or(|(breaker, settings)| breaker.admits(settings, panic, now))
+    }
+
+    /// Sets right what the clock alone changes in its account.
+    pub(super) fn settle(&self, now: Instant) {
+        self.load.settle(now);
+        if let Some((breaker, settings)) = self.breaker() {
+            breaker.settle(settings, now);
         }
     }
 
     /// The token of this presence, if the worker may be given a request now.
-    pub(super) fn presence(&self) -> Option<CancellationToken> {
+    pub(super) fn presence(&self) -> Option<Arc<CancellationToken>> {
         let live = self.live.lock();
         live.standing().is_candidate().then(|| live.gone.clone())
     }
 
+    /// Whether this life is over for all but what it finishes.
+    pub(super) fn is_over(&self) -> bool {
+        let live = self.live();
+        live.replaced || live.succeeded
+    }
+
     /// What a session holds that belongs to it.
     pub(super) fn binding(&self) -> Binding {
-        Binding { worker: self.id.clone(), serial: self.serial }
+        Binding { worker: self.id.clone(), life: self.life }
     }
 
     /// Whether a session that was bound here may still come back: a worker that cannot take a request just now keeps it.
     pub(super) fn keeps(&self, bound: &Binding) -> bool {
-        self.serial == bound.serial && self.standing().is_online()
+        self.life == bound.life && self.standing().is_online()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.load.account().close();
     }
 }
 
@@ -263,7 +301,7 @@ impl Live {
         self.unheard = false;
         self.held = self.held.filter(|until| now < *until);
         if self.offline.take().is_some() {
-            self.gone = CancellationToken::new();
+            self.gone = Arc::default();
         }
     }
 

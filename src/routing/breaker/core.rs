@@ -121,6 +121,20 @@ impl Core {
         regularly || panic && self.opened_by_rate()
     }
 
+    /// Whether nothing is let through, an OPEN one whose time may be up included.
+    pub(super) fn is_shut(&self, settings: &BreakerSettings) -> bool {
+        match self.state {
+            CircuitState::Closed => false,
+            CircuitState::HalfOpen => self.probes >= settings.half_open_requests,
+            CircuitState::Open | CircuitState::ForcedOpen | CircuitState::Disabled => true,
+        }
+    }
+
+    /// When an OPEN one lets a probe through.
+    pub(super) fn open_until(&self) -> Option<Instant> {
+        (self.state == CircuitState::Open).then_some(self.until)
+    }
+
     pub(super) fn acquire(
         &mut self,
         settings: &BreakerSettings,
@@ -327,5 +341,10 @@ impl Permit {
     /// For a request that a CLOSED breaker let through.
     pub(super) const fn closed(epoch: u64) -> Self {
         Self { epoch, probe: false, counted: false, slow: false, panic: false }
+    }
+
+    /// Whether it holds a place that others wait for.
+    pub(in crate::routing) fn is_probe(&self) -> bool {
+        self.probe
     }
 }

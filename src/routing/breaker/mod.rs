@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use self::core::Core;
 pub(super) use self::core::{Permit, Transition, Verdict};
 use super::dice::Dice;
+use super::ledger::{Account, Entry};
 use super::settings::BreakerSettings;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -101,15 +102,17 @@ pub struct BreakerStats {
 pub(super) struct Breaker {
     /// What [`Core::gate`] says, written under the lock: a CLOSED breaker admits without taking it.
     gate: AtomicU64,
+    /// Marked, under the lock, where nothing is let through.
+    account: Account,
     core: Mutex<Core>,
 }
 
 // === impl Breaker ===
 
 impl Breaker {
-    pub(super) fn new(settings: &BreakerSettings, now: Instant) -> Self {
+    pub(super) fn new(settings: &BreakerSettings, account: Account, now: Instant) -> Self {
         let core = Core::new(settings, 0, now);
-        Self { gate: AtomicU64::new(core.gate()), core: Mutex::new(core) }
+        Self { gate: AtomicU64::new(core.gate()), account, core: Mutex::new(core) }
     }
 
     /// Whether a request would be let through.
@@ -121,7 +124,7 @@ impl Breaker {
     pub(super) fn acquire(&self, settings: &BreakerSettings, panic: bool, now: Instant) -> Option<(Permit, Option<Transition>)> {
         match self.closed_epoch() {
             Some(epoch) => Some((Permit::closed(epoch), None)),
-            None => self.change(|core| core.acquire(settings, panic, now)),
+            None => self.change(settings, |core| core.acquire(settings, panic, now)),
         }
     }
 
@@ -134,7 +137,7 @@ impl Breaker {
         now: Instant,
     ) -> Option<Transition> {
         permit.slow = settings.slow_first_token.is_some_and(|limit| ttft > limit);
-        if permit.probe { self.change(|core| core.first_token(settings, permit, now)) } else { None }
+        if permit.probe { self.change(settings, |core| core.first_token(settings, permit, now)) } else { None }
     }
 
     /// The request ended.
@@ -146,29 +149,38 @@ impl Breaker {
         dice: &Dice,
         now: Instant,
     ) -> Option<Transition> {
-        self.change(|core| core.report(settings, permit, verdict, dice, now))
+        self.change(settings, |core| core.report(settings, permit, verdict, dice, now))
     }
 
     /// The request ended, and its end says nothing about the worker.
-    pub(super) fn release(&self, permit: &mut Permit) {
+    pub(super) fn release(&self, settings: &BreakerSettings, permit: &mut Permit) {
         if permit.probe {
-            self.core.lock().release(permit);
+            self.change(settings, |core| core.release(permit));
         }
     }
 
     /// Makes the transition that is due by the clock alone.
-    pub(super) fn tick(&self, now: Instant) -> Option<Transition> {
-        if self.closed_epoch().is_some() { None } else { self.change(|core| core.tick(now)) }
+    pub(super) fn tick(&self, settings: &BreakerSettings, now: Instant) -> Option<Transition> {
+        if self.closed_epoch().is_some() { None } else { self.change(settings, |core| core.tick(now)) }
+    }
+
+    /// Sets right what the clock alone changes in the worker's account. The state stays as it is.
+    pub(super) fn settle(&self, settings: &BreakerSettings, now: Instant) {
+        if self.closed_epoch().is_none() {
+            let core = self.core.lock();
+            let shut = !core.admits(settings, false, now);
+            self.mark(&core, shut);
+        }
     }
 
     /// Opens it until it is reset.
-    pub(super) fn force_open(&self, now: Instant) -> Option<Transition> {
-        self.change(|core| core.force_open(now))
+    pub(super) fn force_open(&self, settings: &BreakerSettings, now: Instant) -> Option<Transition> {
+        self.change(settings, |core| core.force_open(now))
     }
 
     /// Makes it as new. What began before does not count.
     pub(super) fn reset(&self, settings: &BreakerSettings, now: Instant) -> Option<Transition> {
-        self.change(|core| core.reset(settings, now))
+        self.change(settings, |core| core.reset(settings, now))
     }
 
     pub(super) fn state(&self, now: Instant) -> CircuitState {
@@ -192,11 +204,20 @@ impl Breaker {
         self.core.lock().stats(now)
     }
 
-    fn change<T>(&self, change: impl FnOnce(&mut Core) -> T) -> T {
+    fn change<T>(&self, settings: &BreakerSettings, change: impl FnOnce(&mut Core) -> T) -> T {
         let mut core = self.core.lock();
         let result = change(&mut core);
         self.gate.store(core.gate(), Ordering::Release);
+        self.mark(&core, core.is_shut(settings));
         result
+    }
+
+    /// Marks the account. An open breaker is one to look at again when its time is up.
+    fn mark(&self, core: &Core, shut: bool) {
+        self.account.mark(Entry::SHUT, shut);
+        if let Some(at) = core.open_until().filter(|_| shut) {
+            self.account.is_due_at(at);
+        }
     }
 
     fn closed_epoch(&self) -> Option<u64> {

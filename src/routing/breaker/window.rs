@@ -67,7 +67,9 @@ impl Window {
     }
 
     fn bucket_at(&self, now: Instant) -> u64 {
-        (now.saturating_duration_since(self.origin).as_nanos() / self.width.as_nanos()) as u64
+        // In 64 bits: a division of wider ones is a call.
+        let nanos = |span: Duration| u64::try_from(span.as_nanos()).unwrap_or(u64::MAX);
+        nanos(now.saturating_duration_since(self.origin)) / nanos(self.width)
     }
 }
 

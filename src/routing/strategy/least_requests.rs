@@ -3,5 +3,5 @@
 use crate::routing::fleet::Candidates;
 
 pub(super) fn pick(candidates: &Candidates<'_>) -> Option<usize> {
-    candidates.in_turn().min_by_key(|(_, worker)| candidates.load(worker)).map(|(place, _)| place)
+    candidates.least_loaded().map(|(place, _)| place)
 }

@@ -28,13 +28,15 @@ pub(super) fn pick(
     if let Some(place) = caches.and_then(|caches| prefix_aware::pick(candidates, caches)) {
         return Some((place, Choice::Prefix));
     }
-    let place = match strategy {
+    let in_turn = match strategy {
         Strategy::RoundRobin => round_robin::pick(candidates),
         Strategy::LeastRequests | Strategy::PrefixAware => least_requests::pick(candidates),
-        Strategy::WeightedRandom => weighted_random::pick(candidates, dice),
         Strategy::SkillsBased => skills_based::pick(candidates),
-        Strategy::PeakEwma => peak_ewma::pick(candidates, dice),
-    }?;
+        // By chance nobody has a turn, and threads need not tell each other.
+        Strategy::WeightedRandom => return Some((weighted_random::pick(candidates, dice)?, Choice::Strategy)),
+        Strategy::PeakEwma => return Some((peak_ewma::pick(candidates, dice)?, Choice::Strategy)),
+    };
+    let place = in_turn?;
     candidates.took(place);
     Some((place, Choice::Strategy))
 }

@@ -3,6 +3,8 @@
 //! Two picks need no look at the others, whatever the size of the fleet (Mitzenmacher, 2001). While one of the two has
 //! never answered, requests in flight alone decide: a new worker neither draws everything nor starves.
 
+use std::ops::ControlFlow;
+
 use crate::routing::dice::Dice;
 use crate::routing::fleet::Candidates;
 
@@ -31,5 +33,8 @@ fn draw(candidates: &Candidates<'_>, random: &mut fastrand::Rng, taken: Option<u
     if let Some(place) = (0..DRAWS.min(count)).map(|_| random.usize(..count)).find(|&place| fits(place)) {
         return Some(place);
     }
-    candidates.iter_from(random.usize(..count)).map(|(place, _)| place).find(|&place| Some(place) != taken)
+    candidates.each_from(random.usize(..count), |place, _| match taken {
+        Some(taken) if taken == place => ControlFlow::Continue(()),
+        _ => ControlFlow::Break(place),
+    })
 }

@@ -31,6 +31,8 @@ struct Holder {
     place: usize,
     load: u32,
     prefixes: usize,
+    /// So many others are before it in turn.
+    waits: usize,
 }
 
 /// The holder that is taken; `None` where the prompt decides nothing.
@@ -38,17 +40,15 @@ pub(super) fn pick(candidates: &Candidates<'_>, caches: Caches<'_>) -> Option<us
     let enough = |held: &&Held| prefix_bytes(held.prefixes - 1) * SHARE >= caches.prompt.bytes();
     let count = caches.held.iter().take_while(enough).count();
     let held = caches.held.get(..count).filter(|held| !held.is_empty())?;
-    let mut least = u32::MAX;
-    let mut holders = Vec::with_capacity(count);
-    for (place, worker) in candidates.in_turn() {
-        let load = candidates.load(worker);
-        least = least.min(load);
-        if let Some(held) = held.iter().find(|held| held.serial == worker.serial) {
-            holders.push(Holder { place, load, prefixes: held.prefixes });
-        }
-    }
-    let free = holders.into_iter().filter(|holder| !is_overloaded(holder.load, least));
-    free.min_by_key(|holder| (std::cmp::Reverse(holder.prefixes), holder.load)).map(|holder| holder.place)
+    let (_, least) = candidates.least_loaded()?;
+    let (turn, all) = (candidates.turn(), candidates.model.workers.len());
+    let holders = held.iter().filter_map(|held| {
+        let place = candidates.model.find(held.life).filter(|&place| candidates.admits(place))?;
+        let load = candidates.load(&candidates.model.workers[place]);
+        Some(Holder { place, load, prefixes: held.prefixes, waits: (place + all - turn.min(all)) % all })
+    });
+    let free = holders.filter(|holder| !is_overloaded(holder.load, least));
+    free.min_by_key(|holder| (std::cmp::Reverse(holder.prefixes), holder.load, holder.waits)).map(|holder| holder.place)
 }
 
 fn is_overloaded(load: u32, least: u32) -> bool {

@@ -1,7 +1,9 @@
 //! `round_robin`: in turn.
 
+use std::ops::ControlFlow;
+
 use crate::routing::fleet::Candidates;
 
 pub(super) fn pick(candidates: &Candidates<'_>) -> Option<usize> {
-    candidates.in_turn().map(|(place, _)| place).next()
+    candidates.each_in_turn(|place, _| ControlFlow::Break(place))
 }

@@ -2,6 +2,7 @@
 //! turn. What is in memory and what is free is what the latest heartbeat said.
 
 use std::cmp::Ordering;
+use std::ops::ControlFlow;
 
 use crate::routing::fleet::Candidates;
 
@@ -14,16 +15,20 @@ struct Rank {
 }
 
 pub(super) fn pick(candidates: &Candidates<'_>) -> Option<usize> {
-    let ranked = candidates.in_turn().map(|(place, worker)| {
+    let mut best: Option<(usize, Rank)> = None;
+    candidates.each_in_turn::<()>(|place, worker| {
         let live = worker.live();
         let rank = Rank {
             cold: !live.loaded.iter().any(|model| model == candidates.model_id),
             free_memory_gb: live.free_memory_gb(),
             requests: worker.load.total(candidates.now),
         };
-        (place, rank)
+        if best.as_ref().is_none_or(|(_, best)| rank.cmp(best).is_lt()) {
+            best = Some((place, rank));
+        }
+        ControlFlow::Continue(())
     });
-    ranked.min_by(|(_, one), (_, other)| one.cmp(other)).map(|(place, _)| place)
+    best.map(|(place, _)| place)
 }
 
 // === impl Rank ===
