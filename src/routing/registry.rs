@@ -84,6 +84,8 @@ struct Member {
 
 /// The running requests of a draining worker have so long to finish.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+/// A worker that was silent for so many heartbeats has missed two, and stands behind the others.
+const MISSED_AFTER: f64 = 2.5;
 /// A worker that has been offline for so many times the offline timeout is forgotten.
 const FORGOTTEN_AFTER: u32 = 20;
 /// A report is ignored when it is older than so many heartbeats.
@@ -263,7 +265,9 @@ impl Registry {
         }
         self.departed.expire(now);
         let timeout = self.hub.settings.worker_offline_timeout;
+        let missed = self.hub.settings.heartbeat_interval.mul_f64(MISSED_AFTER);
         let mut silent = Vec::new();
+        let mut suspect = Vec::new();
         let mut over = Vec::new();
         let mut rested = Vec::new();
         for Member { worker, .. } in self.members.values() {
@@ -286,12 +290,17 @@ impl Registry {
                 }
             } else if worker.carrier == Carrier::Nats && silence >= timeout {
                 silent.push(worker.clone());
+            } else if worker.carrier == Carrier::Nats && silence >= missed && !live.suspect {
+                suspect.push(worker.clone());
             } else if live.drained.is_some_and(|at| now.saturating_duration_since(at) >= DRAIN_LIMIT) {
                 effects.gone.push(live.gone.clone());
             }
         }
         for worker in rested {
             self.change(&worker, effects, |live| live.held = None);
+        }
+        for worker in suspect {
+            self.change(&worker, effects, |live| live.suspect = true);
         }
         for worker in silent {
             effects.gone.push(worker.live().gone.clone());

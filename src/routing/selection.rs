@@ -74,7 +74,7 @@ pub enum LeftOut {
     CircuitOpen,
     /// It has no room.
     Full,
-    /// It calls itself degraded, or comes and goes, and somebody better was free.
+    /// It calls itself degraded, has missed heartbeats, or comes and goes, and somebody better was free.
     Degraded,
     /// It has not been heard from since our own connection was down.
     Unheard,

@@ -33,7 +33,7 @@ pub enum Carrier {
 pub(super) enum Standing {
     /// Anything.
     Online,
-    /// What no online worker has room for.
+    /// What no online worker has room for: it calls itself degraded, or has missed heartbeats.
     Degraded,
     /// What nobody else has room for: it comes and goes.
     Held,
@@ -95,6 +95,8 @@ pub(super) struct Live {
     /// From here on silence is counted; later than `last_seen` after our own connection was down.
     pub(super) silent_since: Instant,
     pub(super) unheard: bool,
+    /// It missed heartbeats.
+    pub(super) suspect: bool,
     /// Until when it is held back.
     pub(super) held: Option<Instant>,
     pub(super) drained: Option<Instant>,
@@ -128,6 +130,7 @@ impl Worker {
             last_seen: now,
             silent_since: now,
             unheard: false,
+            suspect: false,
             held: None,
             drained: None,
             deregistered: None,
@@ -250,7 +253,7 @@ impl Live {
             Standing::Unheard
         } else if self.held.is_some() {
             Standing::Held
-        } else if self.status == WorkerStatus::Degraded {
+        } else if self.suspect || self.status == WorkerStatus::Degraded {
             Standing::Degraded
         } else {
             Standing::Online
@@ -299,6 +302,7 @@ impl Live {
         self.last_seen = now;
         self.silent_since = now;
         self.unheard = false;
+        self.suspect = false;
         self.held = self.held.filter(|until| now < *until);
         if self.offline.take().is_some() {
             self.gone = Arc::default();

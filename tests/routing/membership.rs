@@ -45,6 +45,25 @@ fn a_silent_worker_goes_offline_and_comes_back() {
 }
 
 #[test]
+fn a_worker_that_missed_two_heartbeats_stands_behind_the_others() {
+    let mut world = World::of(2, 0);
+    world.pass(10_000);
+    world.beat(&heartbeat("w1", "1", 1));
+    world.pass(2_499);
+    world.router.expire(world.now);
+    assert_eq!(world.worker("w0").status, WorkerStatus::Online);
+    world.pass(1);
+    world.router.expire(world.now);
+    assert_eq!([world.worker("w0").status, world.worker("w1").status], [WorkerStatus::Degraded, WorkerStatus::Online]);
+    let leases: Vec<_> = (0..4).map(|_| world.select().unwrap()).collect();
+    assert!(leases.iter().all(|lease| *lease.worker_id() == id("w1")));
+    world.router.drain("w1", world.now);
+    assert_eq!(*world.select().unwrap().worker_id(), id("w0"));
+    world.beat(&heartbeat("w0", "1", 1));
+    assert_eq!(world.worker("w0").status, WorkerStatus::Online);
+}
+
+#[test]
 fn a_worker_that_was_offline_for_long_is_forgotten() {
     let mut world = World::of(1, 0);
     world.pass(15_000);

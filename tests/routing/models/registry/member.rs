@@ -6,7 +6,7 @@ use mlx_serving_router::routing::{Carrier, CircuitState, WorkerSnapshot};
 use mlx_serving_router::wire::{Heartbeat, Phase, Registration, WorkerStatus};
 use tokio::time::Instant;
 
-use super::model::{DRAIN_LIMIT, FORGOTTEN_AFTER, HEARTBEAT, LONGEST_HOLD, OFFLINE_AFTER};
+use super::model::{DRAIN_LIMIT, FORGOTTEN_AFTER, HEARTBEAT, LONGEST_HOLD, OFFLINE_AFTER, SUSPECT_AFTER};
 
 const INCARNATIONS_REMEMBERED: usize = 16;
 
@@ -33,6 +33,8 @@ pub struct Member {
     pub seen: Instant,
     pub silent_since: Instant,
     pub unheard: bool,
+    /// It missed two heartbeats.
+    pub suspect: bool,
     pub held: Option<Instant>,
     pub drained: Option<Instant>,
     pub deregistered: Option<Instant>,
@@ -61,8 +63,8 @@ impl Member {
             _ if leaves => Standing::Draining,
             _ if self.unheard => Standing::Unheard,
             _ if self.held.is_some() => Standing::Held,
-            WorkerStatus::Degraded => Standing::Degraded,
-            WorkerStatus::Online => Standing::Online,
+            WorkerStatus::Online if !self.suspect => Standing::Online,
+            WorkerStatus::Online | WorkerStatus::Degraded => Standing::Degraded,
         }
     }
 
@@ -105,8 +107,9 @@ impl Member {
     }
 
     /// When something falls due by the clock alone.
-    pub fn due(&self) -> [Option<Instant>; 5] {
+    pub fn due(&self) -> [Option<Instant>; 6] {
         [
+            Some(self.silent_since + SUSPECT_AFTER),
             Some(self.silent_since + OFFLINE_AFTER),
             self.offline.map(|at| at + FORGOTTEN_AFTER),
             self.deregistered.or(self.drained).map(|at| at + DRAIN_LIMIT),

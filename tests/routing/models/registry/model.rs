@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::member::{History, Member, Standing};
 
 pub const OFFLINE_AFTER: Duration = Duration::from_millis(15_000);
+pub const SUSPECT_AFTER: Duration = Duration::from_millis(12_500);
 pub const FORGOTTEN_AFTER: Duration = Duration::from_millis(20 * 15_000);
 pub const DRAIN_LIMIT: Duration = Duration::from_millis(60_000);
 pub const HISTORY_FOR: Duration = Duration::from_millis(3_600_000);
@@ -191,6 +192,8 @@ impl Fleet {
                 member.offline = Some(now);
                 self.gone.insert(member.presence);
                 self.told.push(RouterEvent::WorkerOffline { worker_id: id.clone() });
+            } else if member.carrier == Carrier::Nats && silence >= SUSPECT_AFTER && !member.suspect {
+                member.suspect = true;
             } else if member.drained.is_some_and(|at| now - at >= DRAIN_LIMIT) {
                 self.gone.insert(member.presence);
             }
@@ -240,6 +243,7 @@ impl Fleet {
             seen: now,
             silent_since: now,
             unheard: false,
+            suspect: false,
             held,
             drained: None,
             deregistered: None,
@@ -253,7 +257,7 @@ impl Fleet {
     fn heard(&mut self, id: &WorkerId, now: Instant) -> Standing {
         let member = self.members.get_mut(id).unwrap();
         let before = member.standing();
-        (member.seen, member.silent_since, member.unheard) = (now, now, false);
+        (member.seen, member.silent_since, member.unheard, member.suspect) = (now, now, false, false);
         member.held = member.held.filter(|until| now < *until);
         if member.offline.take().is_some() {
             member.held = member.history.back(now).or(member.held);
