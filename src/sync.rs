@@ -4,6 +4,10 @@
 //! Whatever is locked here has to be so with everything that is used under the lock: shuttle changes threads at each use, and
 //! a lock it does not know would be held meanwhile. What never changes threads may stay as it is: `ArcSwap`, tokio's `Notify`,
 //! `watch` and `mpsc`, cancellation tokens.
+//!
+//! To shuttle every access to an atomic comes before or after every other, whatever its `Ordering`. What asks for less is
+//! therefore either one step on one number, as counts are, or advice that is looked at again under a lock before it counts:
+//! a breaker's gate, a worker's standing, the version of the fleet.
 
 #[cfg(feature = "shuttle")]
 pub(crate) use self::scheduled::{Mutex, MutexGuard};

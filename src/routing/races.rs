@@ -391,6 +391,37 @@ fn a_lease_belongs_to_one_life_of_a_worker() {
 }
 
 #[test]
+fn a_worker_that_restarts_is_there_all_the_time() {
+    explore(ORDERS, || {
+        let world = World::with_one(0);
+        let asked = world.clone();
+        threads(3, move |number| {
+            if number < 2 {
+                asked.select().expect("one life or the other takes it");
+            } else {
+                asked.register("w0", "2", 0);
+            }
+        });
+        assert_eq!(world.in_flight(), 0);
+    });
+}
+
+#[test]
+fn when_the_last_worker_leaves_nobody_hears_that_its_model_is_unknown() {
+    explore(ORDERS, || {
+        let world = World::with_one(0);
+        let asked = world.clone();
+        threads(3, move |number| {
+            if number < 2 {
+                assert_eq!(asked.select().err().unwrap_or(Refusal::NoWorkers), Refusal::NoWorkers);
+            } else {
+                asked.router.deregister(&WorkerId::new("w0").unwrap(), asked.now);
+            }
+        });
+    });
+}
+
+#[test]
 fn a_worker_that_deregisters_gets_nothing_new_and_keeps_what_it_has() {
     explore(ORDERS, || {
         let world = World::with_one(0);

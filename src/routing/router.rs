@@ -256,6 +256,12 @@ impl Router {
         fleet
     }
 
+    /// What is to be said of who is there, while no change of membership is half made; `None` when this picture is out of date.
+    pub(super) fn settled<T>(&self, fleet: &Fleet, say: impl FnOnce() -> T) -> Option<T> {
+        let registry = self.registry.lock();
+        (fleet.version == registry.version()).then(say)
+    }
+
     pub(super) fn is_current(&self, fleet: &Fleet) -> bool {
         fleet.version == self.version.load(Ordering::Acquire)
     }

@@ -121,10 +121,15 @@ impl Router {
                 Some((model, self.choose(candidates, session, bound.as_ref(), caches)?))
             });
             let Some((model, (place, choice))) = chosen else {
-                if self.is_current(&fleet) {
-                    return Err(self.refusal(model, query.exclude, panic, now));
+                let refusal = || self.refusal(model, query.exclude, panic, now);
+                let settled = match refusal() {
+                    Refusal::NoWorkers | Refusal::ModelNotFound => self.settled(&fleet, refusal),
+                    refusal => self.is_current(&fleet).then_some(refusal),
+                };
+                match settled {
+                    Some(refusal) => return Err(refusal),
+                    None => continue,
                 }
-                continue;
             };
             if let Some(mut lease) = claim(&model.workers[place], choice, panic, now) {
                 if let Some(session) = session {

@@ -384,7 +384,7 @@ fn a_breaker_does_what_its_model_does() {
         "refused: nobody healthy",
     ];
     let histories = (settings(), any::<u64>(), prop::collection::vec(event(), 1..200));
-    run(5_000, histories, &reached, 25, |(settings, seed, events), seen| {
+    run(2_500, histories, &reached, 25, |(settings, seed, events), seen| {
         let mut run = Run::new(settings, seed, seen);
         events.into_iter().try_for_each(|event| run.step(event))
     });

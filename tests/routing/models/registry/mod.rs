@@ -427,7 +427,7 @@ fn membership_is_what_its_model_says() {
         "a request ends behind its worker's next life",
         "a request had 60 s to finish",
     ];
-    run(1_500, prop::collection::vec(event(), 1..200), &reached, 40, |events, seen| {
+    run(1_200, prop::collection::vec(event(), 1..200), &reached, 40, |events, seen| {
         let mut run = Run::new(seen);
         events.into_iter().try_for_each(|event| run.step(event))
     });

@@ -234,7 +234,7 @@ fn sessions_go_where_their_model_says() {
         "moved by a success elsewhere",
         "not moved by a success elsewhere",
     ];
-    run(3_000, prop::collection::vec(event(), 1..200), &reached, 100, |events, seen| {
+    run(2_000, prop::collection::vec(event(), 1..200), &reached, 100, |events, seen| {
         let mut run = Run::new(seen)?;
         events.into_iter().try_for_each(|event| run.step(event))
     });
