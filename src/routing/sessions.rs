@@ -85,7 +85,6 @@ impl Sessions {
         }
     }
 
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
