@@ -151,7 +151,9 @@ impl Core {
             stores: vec![
                 ("admission", self.admission.waiting()),
                 ("inbox", self.nats.get().map_or(0, |nats| nats.waiting())),
+                ("prefixes", self.router.prefixes_known()),
                 ("request_metadata", self.requests.remembered()),
+                ("sessions", self.router.sessions_known()),
             ],
         })
     }

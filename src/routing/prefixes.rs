@@ -102,6 +102,10 @@ impl PrefixIndex {
         }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     fn is_fresh(&self, holder: &Holder, now: u32) -> bool {
         u64::from(now.saturating_sub(holder.used)) < self.ttl.as_secs()
     }

@@ -75,7 +75,6 @@ impl Sessions {
         }
     }
 
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }

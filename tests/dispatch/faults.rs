@@ -108,3 +108,31 @@ pub(crate) async fn balancing(routing: Value, balancing: Value) -> Controller {
     controller.start(None).await.unwrap();
     controller
 }
+
+/// The text of every test under a folder.
+fn sources(folder: &std::path::Path) -> String {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let text = entries.map(|path| match path.extension().and_then(|end| end.to_str()) {
+        _ if path.is_dir() => sources(&path),
+        Some("rs" | "py") => std::fs::read_to_string(&path).unwrap(),
+        _ => String::new(),
+    });
+    text.collect()
+}
+
+#[test]
+fn the_table_of_the_catalogue_is_whole_and_names_tests_that_exist() {
+    let tests = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let table = std::fs::read_to_string(tests.join("FAULTS.md")).unwrap();
+    let rows: Vec<_> = table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| case")).collect();
+    let numbers: Vec<u32> = rows.iter().map(|row| row[2..].split(' ').next().unwrap().parse().unwrap()).collect();
+    assert_eq!(numbers, (1..=40).collect::<Vec<_>>());
+    let sources = sources(&tests);
+    let mut named = 0;
+    for name in rows.iter().flat_map(|row| row.split('`').skip(1).step_by(2)).filter(|name| name.matches('_').count() > 1) {
+        let exists = ["fn", "def"].iter().any(|word| sources.contains(&format!("{word} {name}(")));
+        assert!(exists, "there is no test {name}");
+        named += 1;
+    }
+    assert!(named > 60);
+}

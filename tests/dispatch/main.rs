@@ -5,7 +5,9 @@
 mod admission;
 mod failures;
 mod faults;
+mod faults_bounds;
 mod faults_breakers;
+mod faults_ends;
 mod faults_found;
 mod faults_load;
 mod lifecycle;

@@ -5,7 +5,8 @@ use mlx_serving_router::config::ClusterConfig;
 use mlx_serving_router::error::ControllerErrorCode as Code;
 
 use crate::caller::Met;
-use crate::machine::{Post, Posted, Served, WHOLE_TOKENS};
+use crate::machine::Served;
+use crate::script::{Post, Posted, WHOLE_TOKENS};
 
 /// An end of an attempt, and when. No code: the answer is complete.
 pub type Ending = (Option<Code>, u64);

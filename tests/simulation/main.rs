@@ -2,7 +2,7 @@
 //!
 //! One seed decides everything: the configuration, the workers and what they do when, the callers and how they behave, the
 //! operator's hand, and every random choice of the controller. After each simulation everything that was seen is held
-//! against what the contract allows; `check` says how. A failure names its seed:
+//! against what the contract allows; `check`, `judged` and `attempts` say how. A failure names its seed:
 //!
 //! | variable | what it does |
 //! |---|---|
@@ -14,8 +14,10 @@
 mod attempts;
 mod caller;
 mod check;
+mod judged;
 mod machine;
 mod plan;
+mod script;
 mod world;
 
 use std::cell::Cell;

@@ -145,7 +145,7 @@ impl Dice {
 impl Plan {
     pub fn new(seed: u64) -> Self {
         let dice = &mut Dice::new(seed);
-        let length = dice.between(800, 4_000);
+        let length = dice.between(400, 2_400);
         let config = config(dice);
         let machines: Vec<_> = (0..dice.between(1, 8)).map(|number| machine(number, length, dice)).collect();
         let calls = calls(&machines, length, dice);
