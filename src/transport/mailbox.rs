@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::mpsc;
 
-use crate::error::ControllerError;
-use crate::wire::Reply;
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::wire::{Reply, Undecodable};
 
 /// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far
 /// beyond what gathers while an attempt waits its turn; only a reader that stalls lets it fill up.
@@ -51,6 +51,21 @@ pub fn mailbox() -> (Postbox, Mailbox) {
     let (sender, receiver) = mpsc::channel(CAPACITY);
     let overflowed = Arc::<AtomicBool>::default();
     (Postbox { sender, overflowed: overflowed.clone() }, Mailbox { receiver, overflowed, on_drop: OnDrop::default() })
+}
+
+// === impl Delivery ===
+
+/// What a message means to the attempt that it answers.
+impl From<Result<Reply, Undecodable>> for Delivery {
+    fn from(reply: Result<Reply, Undecodable>) -> Self {
+        match reply {
+            Ok(reply) => Self::Reply(reply),
+            Err(error) => Self::Failed(
+                ControllerError::new(ControllerErrorCode::WorkerUnavailable, format!("the worker broke the protocol: {error}"))
+                    .with("protocolError", error.to_string()),
+            ),
+        }
+    }
 }
 
 // === impl Mailbox ===
