@@ -463,7 +463,7 @@ async fn over_nats_it_may_leave_its_subject_and_come_back_to_it() {
 #[tokio::test]
 async fn without_a_server_it_does_not_start() {
     let worker = scripted("w", Script::default());
-    let config = json!({"nats": {"serverUrl": "nats://127.0.0.1:1", "connectTimeoutMs": 500}});
+    let config = json!({"nats": {"mode": "external", "serverUrl": "nats://127.0.0.1:1", "connectTimeoutMs": 500}});
     let error = worker.start(&ClusterConfig::from_value(config).unwrap().nats).await.unwrap_err();
     assert_eq!((error.code(), worker.state()), (Code::NatsError, ScriptedState::Stopped));
 }

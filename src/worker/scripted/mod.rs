@@ -10,14 +10,15 @@
 //! | `performance` | one request played, step by step |
 //! | `record` | what it was asked, and what it works on |
 //! | `line` | what carries it: NATS, or a port of this process |
-//! | `runtime` | its life |
+//! | `runtime`, `stage` | its life, from outside and from inside |
 
 mod line;
 mod performance;
 mod record;
 mod runtime;
 mod script;
+mod stage;
 
 pub use record::{Cancelled, Counts, Received};
 pub use runtime::{ScriptedOptions, ScriptedState, ScriptedWorker};
-pub use script::{Babble, PIECES, Plan, Script, Step};
+pub use script::{Babble, PIECES, Plan, Script, Step, beginning};

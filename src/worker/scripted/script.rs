@@ -148,7 +148,7 @@ impl Script {
     /// A token can be repeated only after one: `Duplicate` repeats none where `after_tokens` is 0.
     #[must_use]
     pub fn babble(how: Babble, after_tokens: u64) -> Self {
-        let (before, next, after) = (pieces(after_tokens), piece(after_tokens), piece(after_tokens + 1));
+        let (before, next, after) = (beginning(after_tokens), piece(after_tokens), piece(after_tokens + 1));
         let wrong = match how {
             Babble::Malformed => vec![Step::Raw(Bytes::from_static(b"{\"type\": \"token\", \"tok")), next],
             Babble::Duplicate => match after_tokens.checked_sub(1) {
@@ -229,11 +229,11 @@ impl Step {
 
 /// The beginning of an answer, and what comes instead of its end.
 fn begun(tokens: u64, end: Step) -> Vec<Step> {
-    [Step::Accept].into_iter().chain(pieces(tokens)).chain([end]).collect()
+    [Step::Accept].into_iter().chain(beginning(tokens)).chain([end]).collect()
 }
 
 /// The first so many tokens of an answer of the usual pieces, again and again.
-pub(crate) fn pieces(tokens: u64) -> impl Iterator<Item = Step> {
+pub fn beginning(tokens: u64) -> impl Iterator<Item = Step> {
     (0..tokens).map(piece)
 }
 
