@@ -114,7 +114,7 @@ impl Postbox {
     }
 
     /// Returns when nobody waits any more.
-    pub(super) async fn closed(&self) {
+    pub async fn closed(&self) {
         self.sender.closed().await;
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use mlx_serving_router::config::ClusterConfig;
 use mlx_serving_router::dispatch::{CallOptions, Controller, TokenStream};
 use mlx_serving_router::error::{ControllerError, ControllerErrorCode as Code};
+use mlx_serving_router::transport::LocalHub;
 use mlx_serving_router::wire::{InferenceRequest, Phase, WorkerId};
 use mlx_serving_router::worker::scripted::{Babble, Script, ScriptedOptions, ScriptedState, ScriptedWorker, Step};
 use serde_json::{Value, json};
@@ -345,6 +346,24 @@ async fn join_twice(controller: &Controller, worker: &ScriptedWorker) -> Control
     registration.worker_id = WorkerId::new("another").unwrap();
     let port = controller.attach_local(&registration).unwrap();
     worker.start_local(port).await.unwrap_err()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_that_meets_the_end_of_a_life_returns() {
+    let stopping = async {
+        for _ in 0..20_000 {
+            let hub = LocalHub::new("c".into());
+            let worker = scripted("w", Script::default());
+            worker.start_local(hub.attach(&worker.id()).unwrap()).await.unwrap();
+            // Its life ends because there is nobody left to serve, in this very moment.
+            hub.close();
+            for _ in 0..fastrand::u32(..2000) {
+                std::hint::spin_loop();
+            }
+            worker.stop().await;
+        }
+    };
+    tokio::time::timeout(3 * PATIENCE, stopping).await.expect("each order returns");
 }
 
 // === over NATS ===

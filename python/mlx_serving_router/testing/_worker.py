@@ -324,7 +324,9 @@ class ScriptedWorker:
         while True:
             info = self._known_to.worker(self.worker_id)
             if info is not None and info.incarnation == self.incarnation:
-                return
+                has_beaten = info.loaded_models or info.loading_models
+                if has_beaten or not self._heartbeats:
+                    return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the controller does not know of {self!r} after {PATIENCE:.0f} s")
             time.sleep(_PAUSE)

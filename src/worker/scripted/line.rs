@@ -111,6 +111,7 @@ impl Line {
                     }
                     LocalMessage::Request { request, attempt, timeout, controller_id: asks, postbox } => {
                         *controller_id = Some(asks.clone());
+                        tokio::spawn(keep_open(postbox.clone()));
                         let way = Way::Local(postbox);
                         return Some(Event::Request(Arrival { request, attempt, controller_id: asks, timeout, way }));
                     }
@@ -171,6 +172,11 @@ impl Line {
             line.connection.close().await;
         }
     }
+}
+
+/// A worker that says nothing more is silent, dead or alive: nobody is told that no answer can come.
+async fn keep_open(postbox: Postbox) {
+    postbox.closed().await;
 }
 
 // === impl NatsLine ===

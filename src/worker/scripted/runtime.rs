@@ -282,7 +282,11 @@ impl ScriptedWorker {
         if let Some(orders) = orders
             && orders.send((order, done)).await.is_ok()
         {
-            let _ = carried_out.await;
+            tokio::select! {
+                _ = carried_out => {}
+                // One that comes in the moment of the end stays in the channel, neither heard nor dropped.
+                () = orders.closed() => {}
+            }
         }
     }
 }
