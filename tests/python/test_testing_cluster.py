@@ -127,11 +127,12 @@ def open_files() -> int:
 
 
 async def test_leaving_does_not_wait_for_requests_that_stall(transport: Literal["nats", "local"]) -> None:
-    async with TestCluster(1, transport=transport, script=stall()) as cluster:
+    patient = {"requestRouting": {"timeoutMs": 30000}}
+    async with TestCluster(1, transport=transport, script=stall(), config=patient) as cluster:
         running = asyncio.create_task(cluster.controller.handle_buffered_request(ASK))
         await cluster.workers[0].wait_for_requests(1)
         begun = time.monotonic()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5
     assert (await failure(running)).code == "CONTROLLER_NOT_READY"
 
 
@@ -187,6 +188,10 @@ async def test_workers_may_be_added_with_what_the_others_have(transport: Literal
         assert (infos["worker-1"].models, infos["worker-1"].max_concurrent) == (["a"], 3)
         assert (infos["mine"].models, infos["mine"].max_concurrent) == (["b"], 0)
         assert cluster.worker("mine") is third
+        with pytest.raises(ValueError, match=r"called 'mine' already; its restart\(\)"):
+            cluster.add_worker(worker_id="mine")
+        with pytest.raises(TypeError, match="script is stall, no script"):
+            third.script = stall  # type: ignore[assignment]
         with pytest.raises(LookupError, match="'nobody'; there are worker-0, worker-1, mine"):
             cluster.worker("nobody")
 
@@ -197,7 +202,7 @@ async def test_nats_may_go_and_come_back() -> None:
         cluster.stop_nats()
         begun = time.monotonic()
         error = await failure(cluster.controller.handle_buffered_request(ASK))
-        assert (error.code, time.monotonic() - begun < 0.2) == ("NATS_ERROR", True)
+        assert (error.code, time.monotonic() - begun < 1) == ("NATS_ERROR", True)
         with pytest.raises(ControllerError, match="NATS_ERROR"):
             cluster.workers[0].restart()
         cluster.start_nats()
@@ -266,7 +271,7 @@ async def test_the_configuration_of_a_fleet_elsewhere_is_used_here(tmp_path: Pat
         ({"models": []}, "name at least one model"),
         ({"models": "tiny"}, "a list of names"),
         ({"loading_ms": -1}, "loading_ms is -1"),
-        ({"script": "stall"}, "Script"),
+        ({"script": stall}, "script is stall, no script"),
         ({"features": ["flying"]}, "features: .flying. is unknown"),
         ({"config": {"requestRoutin": {}}}, "did you mean requestRouting"),
         ({"config": 3}, "a configuration is"),

@@ -33,10 +33,10 @@ Transport: TypeAlias = Literal["nats", "local"]
 #: One attempt, so that each test meets the error of its worker itself, after limits that a test can wait for.
 ONCE: dict[str, Any] = {
     "requestRouting": {
-        "acceptTimeoutMs": 300,
-        "timeoutMs": 600,
-        "streamingTimeoutMs": 400,
-        "streamIdleTimeoutMs": 200,
+        "acceptTimeoutMs": 600,
+        "timeoutMs": 1200,
+        "streamingTimeoutMs": 900,
+        "streamIdleTimeoutMs": 500,
         "retry": {"enabled": False},
         "circuitBreaker": {"enabled": False},
     }
@@ -106,7 +106,8 @@ async def test_a_slow_answer_takes_its_time_however_it_comes(transport: Transpor
         stream = await streaming(cluster)
         first = time.monotonic() - begun
         assert await received(stream) == ("abc", None)
-        assert 0.1 <= first < 0.2 <= time.monotonic() - begun
+        assert first >= 0.1
+        assert time.monotonic() - begun >= 0.2
         begun = time.monotonic()
         assert (await buffered(cluster)).text == "abc"
         assert time.monotonic() - begun >= 0.2
@@ -275,7 +276,8 @@ def breaker_of(cluster: TestCluster) -> CircuitState:
 
 @pytest.mark.parametrize("after_tokens", [0, 2])
 async def test_who_dies_is_replaced_or_missed(transport: Transport, after_tokens: int) -> None:
-    async with TestCluster(2, transport=transport, config=RETRY) as cluster:
+    patient = merged(RETRY, {"requestRouting": {"acceptTimeoutMs": 5000, "timeoutMs": 5000}})
+    async with TestCluster(2, transport=transport, config=patient) as cluster:
         for worker in cluster.workers:
             worker.script = die(after_tokens=after_tokens)
         cluster.workers[1].script = answer()
@@ -288,7 +290,7 @@ async def test_who_dies_is_replaced_or_missed(transport: Transport, after_tokens
         begun = time.monotonic()
         for _ in range(4):
             assert (await buffered(cluster)).worker_id == "worker-1"
-        assert time.monotonic() - begun < 0.25
+        assert time.monotonic() - begun < 3
 
 
 async def test_who_dies_leaves_its_requests_unanswered(transport: Transport) -> None:
@@ -354,7 +356,7 @@ async def test_silence_takes_a_worker_offline() -> None:
 
 
 async def test_a_model_that_loads_slowly_has_its_time(transport: Transport) -> None:
-    async with TestCluster(1, transport=transport, config=ONCE, loading_ms=1000) as cluster:
+    async with TestCluster(1, transport=transport, config=ONCE, loading_ms=2000) as cluster:
         info = cluster.controller.worker("worker-0")
         assert info is not None
         assert (info.status, info.phase, info.loading_models) == ("online", "loading", ["tiny"])
@@ -364,7 +366,7 @@ async def test_a_model_that_loads_slowly_has_its_time(transport: Transport) -> N
         info = cluster.controller.worker("worker-0")
         assert info is not None
         assert (info.phase, info.loaded_models) == ("ready", ["tiny"])
-        cluster.workers[0].restart(loading_ms=300)
+        cluster.workers[0].restart(loading_ms=5000)
         info = cluster.controller.worker("worker-0")
         assert info is not None
         assert info.phase == "loading"
@@ -390,7 +392,7 @@ async def test_where_nobody_listens_another_worker_is_asked_at_once(transport: T
         begun = time.monotonic()
         for _ in range(4):
             assert (await buffered(cluster)).worker_id == other.worker_id
-        assert (time.monotonic() - begun < 1, deaf.request_count) == (True, 0)
+        assert (time.monotonic() - begun < 4, deaf.request_count) == (True, 0)
         deaf.listen()
         other.script = fail()
         assert (await buffered(cluster)).worker_id == deaf.worker_id
@@ -527,8 +529,10 @@ def test_scripts_are_shown_as_they_are_written_and_compared() -> None:
         (lambda: say(1), "of type int; dict, str and bytes"),  # type: ignore[arg-type]
         (lambda: say({"x": float("nan")}), "JSON has no word"),
         (lambda: every(0, answer()), "n is 0"),
+        (lambda: every(2, fail(), otherwise="x"), "otherwise is .x., no script"),  # type: ignore[arg-type]
         (lambda: answer().times(0), "n is 0"),
-        (lambda: every(2, "fail"), "Script"),  # type: ignore[arg-type]
+        (lambda: answer().then("x"), "Script"),  # type: ignore[arg-type]
+        (lambda: every(2, fail), "script is fail, no script; a call such as"),  # type: ignore[arg-type]
     ],
 )
 def test_a_script_that_cannot_be_is_refused_when_it_is_written(write: Callable[[], Any], words: str) -> None:

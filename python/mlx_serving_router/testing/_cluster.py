@@ -262,6 +262,7 @@ class TestCluster:
 
         Raises:
             RuntimeError: The cluster does not run.
+            ValueError: A worker of this name is there, be it dead.
             ControllerError: As `ScriptedWorker` and its `start`.
         """
         given = {
@@ -275,6 +276,8 @@ class TestCluster:
         with self._parts:
             if self._controller is None or self._ended:
                 raise self._not_started()
+            if any(worker.worker_id == worker_id for worker in self._workers):
+                raise ValueError(f"a worker is called {worker_id!r} already; its restart() brings it back")
             return self._start_worker(self._controller, worker_id or self._next_name(), options)
 
     def stop_nats(self) -> None:

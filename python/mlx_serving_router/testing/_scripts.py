@@ -167,6 +167,20 @@ def every(n: int, script: Script, *, otherwise: Script | None = None) -> Script:
         otherwise: The other; `answer()` where it is left out.
 
     Raises:
+        TypeError: One of them is no script.
         ValueError: `n` is below 1.
     """
-    return Script.every(n, script, otherwise=otherwise)
+    others = None if otherwise is None else checked("otherwise", otherwise)
+    return Script.every(n, checked("script", script), otherwise=others)
+
+
+def checked(name: str, script: object) -> Script:
+    """The script.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(script, Script):
+        shown = getattr(script, "__name__", None) or repr(script)
+        raise TypeError(f"{name} is {shown}, no script; a call such as stall() or answer('Hello') makes one")
+    return script

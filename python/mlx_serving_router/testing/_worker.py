@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from mlx_serving_router import _native
 from mlx_serving_router._config import as_config
 from mlx_serving_router._native import Script
+from mlx_serving_router.testing._scripts import checked
 
 if TYPE_CHECKING:
     import os
@@ -52,6 +53,7 @@ class ScriptedWorker:
     Raises:
         ConfigError: The configuration cannot be used.
         ControllerError: REQUEST_VALIDATION_FAILED (a `ValueError`): a name is unsuitable, or there is no model.
+        TypeError: The script is none.
         ValueError: A number is out of range; or both a controller and a configuration are given.
     """
 
@@ -73,7 +75,7 @@ class ScriptedWorker:
             )
         if isinstance(models, str):
             raise TypeError("models is a str; a list of names is right")
-        self._script = Script.answer() if script is None else script
+        self._script = Script.answer() if script is None else checked("script", script)
         self._heartbeats = True
         self._obeys_cancels = True
         self._controller = controller
@@ -127,7 +129,7 @@ class ScriptedWorker:
 
     @script.setter
     def script(self, script: Script) -> None:
-        self._native.now_does(script)
+        self._native.now_does(checked("script", script))
         self._script = script
 
     @property
