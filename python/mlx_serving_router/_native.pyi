@@ -1035,6 +1035,198 @@ class Job:
     def error(self, code: str, message: str, *, retry_after_ms: int | None = None) -> None:
         """End the job with a failure."""
 
+# === script.rs, scripted.rs ===
+
+@final
+class Script:
+    """What a scripted worker does with the requests that reach it: a value, made by the functions of `testing`.
+
+    Two scripts are equal where they are written alike; `repr` shows the calls that made them.
+    """
+
+    @staticmethod
+    def answer(
+        *pieces: str,
+        delay_ms: int = 0,
+        token_delay_ms: int = 0,
+        finish_reason: str = "stop",
+        prompt_tokens: int = 4,
+        cached_tokens: int = 0,
+        tool_calls: Sequence[Mapping[str, Any]] | None = None,
+        streamed: bool = False,
+    ) -> Script:
+        """Answer, at once or slowly."""
+
+    @staticmethod
+    def stall(after_tokens: int = 0, *, accept: bool = True) -> Script:
+        """Begin, then say nothing more until told to stop."""
+
+    @staticmethod
+    def fail(
+        code: ControllerErrorCode | str | None,
+        message: str,
+        *,
+        after_tokens: int = 0,
+        retry_after_ms: int | None = None,
+        delay_ms: int = 0,
+        accept: bool = True,
+    ) -> Script:
+        """Begin, then fail."""
+
+    @staticmethod
+    def refuse(retry_after_ms: int | None = None) -> Script:
+        """Refuse with WORKER_OVERLOADED: there is no room."""
+
+    @staticmethod
+    def die(after_tokens: int = 0, *, accept: bool = True) -> Script:
+        """Begin, then be gone without a word: the worker itself, with all its requests, as `kill -9` has it."""
+
+    @staticmethod
+    def babble(
+        how: Literal["malformed", "duplicate", "reordered", "missing"] = "malformed", *, after_tokens: int = 1
+    ) -> Script:
+        """Answer in tokens, break the protocol once, and go on as if nothing had been."""
+
+    @staticmethod
+    def say(*messages: Mapping[str, Any] | str | bytes) -> Script:
+        """Say these messages and nothing else."""
+
+    @staticmethod
+    def every(n: int, script: Script, *, otherwise: Script | None = None) -> Script:
+        """Do this with each n-th request, and something else with the others."""
+
+    def then(self, script: Script) -> Script:
+        """This for one request, or as many as `times` says, then another script for all further ones."""
+
+    def times(self, n: int) -> Script:
+        """This for so many requests, before what comes with `then`.
+
+        Raises:
+            ValueError: `n` is below 1.
+        """
+
+@final
+class ReceivedRequest:
+    """A request as it reached a scripted worker."""
+
+    @property
+    def request_id(self) -> str:
+        """Names the request everywhere."""
+    @property
+    def attempt(self) -> int:
+        """1 for the first worker that was asked, 2 for the second, and so on."""
+    @property
+    def model_id(self) -> str:
+        """The model."""
+    @property
+    def session_id(self) -> str | None:
+        """The conversation that it belongs to."""
+    @property
+    def stream(self) -> bool:
+        """Whether tokens are wanted as they come."""
+    @property
+    def timeout(self) -> float:
+        """How many seconds it may take, to its end."""
+    @property
+    def controller_id(self) -> str:
+        """Who asked."""
+    @property
+    def request(self) -> InferenceRequest:
+        """All of it, the prompt included."""
+
+@final
+class ReceivedCancel:
+    """A cancellation as it reached a scripted worker."""
+
+    @property
+    def request_id(self) -> str:
+        """The request."""
+    @property
+    def attempt(self) -> int:
+        """Its attempt."""
+
+@final
+class ScriptedWorker:
+    """The scripted worker of the core; that of `mlx_serving_router.testing` is its public face."""
+
+    def __new__(
+        cls,
+        config: ClusterConfig,
+        script: Script,
+        *,
+        models: Sequence[str],
+        worker_id: str | None = None,
+        max_concurrent: int = 0,
+        features: Sequence[str] = ...,
+        loading_ms: int = 0,
+    ) -> Self: ...
+    @property
+    def worker_id(self) -> str:
+        """Its name."""
+    @property
+    def incarnation(self) -> str:
+        """This life of it, or the next."""
+    @property
+    def state(self) -> Literal["idle", "running", "frozen", "draining", "dead", "stopped"]:
+        """Where it is in its life."""
+    @property
+    def models(self) -> list[str]:
+        """What it serves."""
+    def start(self) -> None:
+        """Connect to NATS and register."""
+
+    def start_local(self, controller: Controller) -> None:
+        """Join a controller of this process."""
+
+    def die(self) -> None:
+        """Be gone without a word."""
+
+    def stop(self) -> None:
+        """Say goodbye and go."""
+
+    def drain(self) -> None:
+        """Want nothing new."""
+
+    def listen(self, *, listens: bool) -> None:
+        """Take requests, or have nobody listen for them."""
+
+    def freeze(self) -> None:
+        """Stand still."""
+
+    def thaw(self) -> None:
+        """Go on."""
+
+    def now_does(self, script: Script) -> None:
+        """Do this from the next request on."""
+
+    def set_loading(self, loading_ms: int) -> None:
+        """How long its models take to load after its next start."""
+
+    def set_heartbeats(self, beats: bool) -> None:
+        """Whether it gives signs of life."""
+
+    def set_obeys_cancels(self, obeys: bool) -> None:
+        """Whether a cancellation ends what it does."""
+
+    def requests(self) -> list[ReceivedRequest]:
+        """What it was asked, oldest first: the last thousand."""
+
+    def cancels(self) -> list[ReceivedCancel]:
+        """What it was told to stop, oldest first: the last thousand."""
+
+    def counts(self) -> tuple[int, int, int]:
+        """How many requests came, how many cancellations, and how many requests it works on."""
+
+    def wait_until(
+        self, timeout: float, *, requests: int = 0, cancels: int = 0, idle: bool = False
+    ) -> Awaitable[bool]:
+        """Wait until at least so many came, or it is idle. False: not within so many seconds."""
+
+    def wait_until_blocking(
+        self, timeout: float, *, requests: int = 0, cancels: int = 0, idle: bool = False
+    ) -> bool:
+        """As `wait_until`, blocking."""
+
 # === openai.rs ===
 
 @final

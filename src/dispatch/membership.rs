@@ -11,8 +11,8 @@ use super::controller::ControllerState;
 use super::core::{Core, not_ready};
 use crate::error::{ControllerError, epoch_ms};
 use crate::routing::{Carrier, HeartbeatVerdict, IgnoredBecause, Registered};
-use crate::transport::LocalPort;
 use crate::transport::nats::{Incoming, Link, NatsConnection, Subscription};
+use crate::transport::{LocalNews, LocalPort};
 use crate::wire::{ControllerNotice, Deregistration, Heartbeat, Registration, WorkerStatus, subject};
 
 /// Workers without a place in the fleet go on asking for one: the log is told when the first of them comes, and after so long
@@ -127,6 +127,19 @@ pub(super) fn attach_local(core: &Arc<Core>, registration: &Registration) -> Res
         });
     }
     let (core, id, incarnation) = (Arc::downgrade(core), id.clone(), registration.incarnation.clone());
+    let port = port.on_news({
+        let (core, id) = (core.clone(), id.clone());
+        move |news| {
+            let Some(core) = core.upgrade() else { return };
+            let now = Instant::now();
+            match news {
+                LocalNews::Heartbeat(beat) => {
+                    core.router.heartbeat(&beat, &|id| core.requests.is_active(id), now);
+                }
+                LocalNews::Deregister => core.router.deregister(&id, now),
+            }
+        }
+    });
     Ok(port.on_detach(move || {
         let Some(core) = core.upgrade() else { return };
         // Not another one of the same name that has come since.

@@ -5,7 +5,7 @@
 //! | `runtime`, `event_loop`, `wake`, `bridge` | the tokio runtime, and how Python waits for it |
 //! | `errors`, `json`, `logs` | what crosses the border in passing |
 //! | `request`, `answer`, `metadata`, `fleet`, `events`, `config` | data, frozen |
-//! | `controller`, `stream`, `router`, `worker`, `job`, `openai` | what does something |
+//! | `controller`, `stream`, `router`, `worker`, `job`, `openai`, `script`, `scripted` | what does something |
 //!
 //! The public face of all this is Python, in `python/mlx_serving_router`; `_native.pyi` describes it for type checkers.
 
@@ -25,6 +25,8 @@ mod openai;
 mod request;
 mod router;
 mod runtime;
+mod script;
+mod scripted;
 mod stream;
 mod wake;
 mod worker;
@@ -66,6 +68,10 @@ mod _native {
     use super::router::{PyLease, PyRouter};
     #[pymodule_export]
     use super::runtime::{forked, shutdown};
+    #[pymodule_export]
+    use super::script::PyScript;
+    #[pymodule_export]
+    use super::scripted::{PyReceivedCancel, PyReceivedRequest, PyScriptedWorker};
     #[pymodule_export]
     use super::stream::{BlockingTokenStream, Next, PyTokenStream, TokenBatches};
     #[pymodule_export]

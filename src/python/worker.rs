@@ -220,7 +220,7 @@ impl PyWorker {
     }
 }
 
-fn feature(name: &str) -> Result<Feature, ControllerError> {
+pub(super) fn feature(name: &str) -> Result<Feature, ControllerError> {
     match name {
         "resume" => Ok(Feature::Resume),
         "cancel" => Ok(Feature::Cancel),

@@ -191,13 +191,13 @@ impl Router {
     /// How many sessions are remembered.
     #[must_use]
     pub fn sessions_known(&self) -> usize {
-        self.sessions.lock().len()
+        self.hub.sessions.lock().len()
     }
 
     /// How many beginnings of prompts are remembered; none under any strategy but `prefix_aware`.
     #[must_use]
     pub fn prefixes_known(&self) -> usize {
-        self.prefixes.lock().len()
+        self.hub.prefixes.lock().len()
     }
 
     /// Whether [`Query::prompt`](super::Query::prompt) makes a difference: hashing a prompt is work.

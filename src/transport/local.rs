@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::mailbox::OnDrop;
 use super::{Mailbox, Outgoing, Postbox, Transport, mailbox};
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::wire::{InferenceRequest, WorkerId};
+use crate::wire::{Heartbeat, InferenceRequest, WorkerId};
 
 /// How many messages wait for one worker at most; a worker takes them off at once and queues by its own bounds.
 const CAPACITY: usize = 4096;
@@ -32,7 +32,21 @@ pub struct LocalPort {
     receiver: mpsc::Receiver<LocalMessage>,
     ports: Arc<Mutex<BTreeMap<WorkerId, mpsc::Sender<LocalMessage>>>>,
     on_detach: OnDrop,
+    listener: Listener,
 }
+
+/// What a local worker says of itself, as others publish it.
+#[derive(Debug)]
+pub enum LocalNews {
+    /// Its load, and what it is doing. Without any it counts as ready, and its silence says nothing.
+    Heartbeat(Box<Heartbeat>),
+    /// It wants nothing new.
+    Deregister,
+}
+
+/// Who hears the news.
+#[derive(Default)]
+struct Listener(Option<Box<dyn Fn(LocalNews) + Send + Sync>>);
 
 /// What reaches a local worker.
 #[derive(Debug)]
@@ -77,7 +91,13 @@ impl LocalHub {
             return None;
         }
         ports.insert(worker.clone(), sender);
-        Some(LocalPort { worker: worker.clone(), receiver, ports: self.ports.clone(), on_detach: OnDrop::default() })
+        Some(LocalPort {
+            worker: worker.clone(),
+            receiver,
+            ports: self.ports.clone(),
+            on_detach: OnDrop::default(),
+            listener: Listener::default(),
+        })
     }
 
     /// Ends every worker's messages.
@@ -132,6 +152,20 @@ impl LocalPort {
         self
     }
 
+    /// Has the worker's news heard.
+    #[must_use]
+    pub fn on_news(mut self, hear: impl Fn(LocalNews) + Send + Sync + 'static) -> Self {
+        self.listener = Listener(Some(Box::new(hear)));
+        self
+    }
+
+    /// Says something of the worker to its controller.
+    pub fn tell(&self, news: LocalNews) {
+        if let Listener(Some(hear)) = &self.listener {
+            hear(news);
+        }
+    }
+
     /// The next message; `None` when the controller has gone.
     pub async fn recv(&mut self) -> Option<LocalMessage> {
         self.receiver.recv().await
@@ -142,5 +176,13 @@ impl Drop for LocalPort {
     fn drop(&mut self) {
         self.receiver.close();
         self.ports.lock().remove(&self.worker);
+    }
+}
+
+// === impl Listener ===
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener")
     }
 }

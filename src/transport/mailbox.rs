@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use crate::error::ControllerError;
+use crate::error::{ControllerError, ControllerErrorCode};
 use crate::sync::Mutex;
-use crate::wire::Reply;
+use crate::wire::{Reply, Undecodable};
 
 /// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far
 /// beyond what gathers while an attempt waits its turn; only a reader that stalls lets it fill up, or a test of races.
@@ -51,6 +51,21 @@ pub fn mailbox() -> (Postbox, Mailbox) {
     let (sender, receiver) = mpsc::channel(CAPACITY + 1);
     let last = Arc::new(Mutex::new(sender.clone().try_reserve_owned().ok()));
     (Postbox { sender, last }, Mailbox { receiver, on_drop: OnDrop::default() })
+}
+
+// === impl Delivery ===
+
+/// What a message means to the attempt that it answers.
+impl From<Result<Reply, Undecodable>> for Delivery {
+    fn from(reply: Result<Reply, Undecodable>) -> Self {
+        match reply {
+            Ok(reply) => Self::Reply(reply),
+            Err(error) => Self::Failed(
+                ControllerError::new(ControllerErrorCode::WorkerUnavailable, format!("the worker broke the protocol: {error}"))
+                    .with("protocolError", error.to_string()),
+            ),
+        }
+    }
 }
 
 // === impl Mailbox ===
@@ -99,7 +114,7 @@ impl Postbox {
     }
 
     /// Returns when nobody waits any more.
-    pub(super) async fn closed(&self) {
+    pub async fn closed(&self) {
         self.sender.closed().await;
     }
 

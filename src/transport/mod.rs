@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
-pub use local::{LocalHub, LocalMessage, LocalPort};
+pub use local::{LocalHub, LocalMessage, LocalNews, LocalPort};
 pub use mailbox::{Delivery, Mailbox, Postbox, mailbox};
 
 use crate::error::ControllerError;

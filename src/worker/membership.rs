@@ -264,7 +264,15 @@ impl Membership {
     }
 }
 
-async fn publish(connection: &NatsConnection, subject: String, message: &impl Serialize) -> Result<(), ControllerError> {
+/// Publishes a message of membership.
+///
+/// # Errors
+/// NATS_ERROR, PAYLOAD_TOO_LARGE.
+pub(super) async fn publish(
+    connection: &NatsConnection,
+    subject: String,
+    message: &impl Serialize,
+) -> Result<(), ControllerError> {
     let payload = serde_json::to_vec(message).map_err(|error| {
         ControllerError::new(ControllerErrorCode::InternalError, format!("cannot encode a message for {subject}: {error}"))
     })?;

@@ -8,6 +8,7 @@
 //! | `desk`, `cancels`, `liveness`, `tally` | order, places, deadlines, cancellations |
 //! | `job` | the engine's view of its work |
 //! | `answer`, `outbox` | the way back: indexes, merging, the one end |
+//! | `scripted` | a worker that misbehaves as it is told, for tests |
 
 mod answer;
 mod board;
@@ -22,6 +23,7 @@ mod options;
 mod outbox;
 mod rivals;
 mod runtime;
+pub mod scripted;
 mod tally;
 
 pub use job::{Job, JobQueue};

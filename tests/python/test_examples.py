@@ -34,7 +34,7 @@ def load(path: Path) -> ModuleType:
 
 def test_each_has_a_readme_and_something_to_run() -> None:
     folders = [folder for folder in EXAMPLES.iterdir() if folder.is_dir()]
-    assert {"demo", "fastapi-app", "in-process", "notebook", "tiny-model"} <= {
+    assert {"demo", "fastapi-app", "in-process", "notebook", "testing", "tiny-model"} <= {
         folder.name for folder in folders
     }
     for folder in folders:
@@ -57,6 +57,14 @@ def test_the_web_service_answers_beside_the_openai_api() -> None:
         asked = {"model": "summary", "messages": [{"role": "user", "content": "One. Two."}]}
         answer = post(f"{url}/llm/v1/chat/completions", asked)
         assert answer["choices"][0]["message"]["content"].strip() == "One."
+
+
+def test_the_tests_of_the_tested_application_pass(tmp_path: Path) -> None:
+    tests = EXAMPLES / "testing"
+    command = ("-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
+    with program(sys.executable, *command, scratch=tmp_path) as example:
+        assert example.ends() == 0, example.output
+    assert " passed" in example.output
 
 
 def post(url: str, body: object) -> Any:

@@ -7,6 +7,7 @@ mod desk;
 mod fleet;
 mod nats;
 mod outages;
+mod scripted;
 mod server;
 
 use std::sync::Arc;

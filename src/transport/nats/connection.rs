@@ -261,6 +261,11 @@ impl Subscription {
             status: message.status,
         })
     }
+
+    /// Unsubscribes. The server has taken it once a later [`NatsConnection::flush`] returns.
+    pub async fn close(mut self) {
+        let _ = self.0.unsubscribe().await;
+    }
 }
 
 // === impl Incoming ===

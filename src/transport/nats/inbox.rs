@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::connection::{Incoming, NatsConnection, Subscription};
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::{Delivery, Mailbox, Postbox, mailbox};
-use crate::wire::{Reply, Undecodable};
+use crate::wire::Reply;
 
 /// The waiting attempts of one controller.
 #[derive(Debug)]
@@ -133,7 +133,7 @@ impl Inbox {
                     .with("noResponders", true),
             )
         } else {
-            read(Reply::decode(&message.payload))
+            Reply::decode(&message.payload).into()
         };
         if !postbox.post(delivery) {
             self.late.fetch_add(1, Ordering::Relaxed);
@@ -165,16 +165,5 @@ impl Inbox {
         let (slot, generation) = (slot.parse().ok()?, generation.parse::<u64>().ok()?);
         let entries = self.entries.lock();
         entries.get(slot).filter(|entry| entry.generation == generation).map(|entry| entry.postbox.clone())
-    }
-}
-
-/// What a message means to the attempt that it answers.
-pub(super) fn read(reply: Result<Reply, Undecodable>) -> Delivery {
-    match reply {
-        Ok(reply) => Delivery::Reply(reply),
-        Err(error) => Delivery::Failed(
-            ControllerError::new(ControllerErrorCode::WorkerUnavailable, format!("the worker broke the protocol: {error}"))
-                .with("protocolError", error.to_string()),
-        ),
     }
 }

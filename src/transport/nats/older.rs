@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use super::connection::{NatsConnection, Subscription};
-use super::inbox::{Inbox, read};
+use super::inbox::Inbox;
 use crate::error::ControllerError;
 use crate::transport::{Mailbox, Outgoing, Postbox};
 use crate::wire::{Reply, older};
@@ -48,7 +48,7 @@ async fn listen(mut answer: Subscription, postbox: Postbox) {
         }
         let is_last = reply.as_ref().map_or(true, Reply::is_terminal);
         // One that is full says so itself; without an index a gap would not show.
-        if !postbox.post(read(reply)) || is_last {
+        if !postbox.post(reply.into()) || is_last {
             return;
         }
     }
