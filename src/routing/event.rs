@@ -1,5 +1,7 @@
 //! What the room tells of itself: every change of membership, every transition of a breaker, once.
 
+use serde_json::{Map, Value, json};
+
 use super::breaker::{BreakerReason, CircuitState};
 use crate::wire::WorkerId;
 
@@ -60,4 +62,51 @@ pub enum RouterEvent {
         /// From whom.
         previous: WorkerId,
     },
+}
+
+// === impl RouterEvent ===
+
+impl RouterEvent {
+    /// What happened, as it is written everywhere: `worker_registered`.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::WorkerRegistered { .. } => "worker_registered",
+            Self::WorkerReplaced { .. } => "worker_replaced",
+            Self::WorkerOffline { .. } => "worker_offline",
+            Self::WorkerRemoved { .. } => "worker_removed",
+            Self::WorkerDraining { .. } => "worker_draining",
+            Self::BreakerChanged { .. } => "breaker_changed",
+            Self::SessionMoved { .. } => "session_moved",
+        }
+    }
+
+    /// The worker that it concerns.
+    #[must_use]
+    pub const fn worker_id(&self) -> &WorkerId {
+        match self {
+            Self::WorkerRegistered { worker_id, .. }
+            | Self::WorkerReplaced { worker_id, .. }
+            | Self::WorkerOffline { worker_id }
+            | Self::WorkerRemoved { worker_id }
+            | Self::WorkerDraining { worker_id }
+            | Self::BreakerChanged { worker_id, .. }
+            | Self::SessionMoved { worker_id, .. } => worker_id,
+        }
+    }
+
+    /// The facts, under camelCase keys.
+    #[must_use]
+    pub fn details(&self) -> Map<String, Value> {
+        let facts = match self {
+            Self::WorkerRegistered { incarnation, models, .. } => json!({"incarnation": incarnation, "models": models}),
+            Self::WorkerReplaced { incarnation, previous, .. } => json!({"incarnation": incarnation, "previous": previous}),
+            Self::WorkerOffline { .. } | Self::WorkerRemoved { .. } | Self::WorkerDraining { .. } => Value::Null,
+            Self::BreakerChanged { from, to, reason, .. } => {
+                json!({"from": from.as_str(), "to": to.as_str(), "reason": reason.as_str()})
+            }
+            Self::SessionMoved { previous, .. } => json!({"previous": previous.as_str()}),
+        };
+        if let Value::Object(facts) = facts { facts } else { Map::new() }
+    }
 }

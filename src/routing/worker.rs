@@ -3,7 +3,7 @@
 //! What selections ask for is in atomics; the rest lies behind a small lock. Only the registry changes a standing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
@@ -71,7 +71,8 @@ pub(super) struct Worker {
     pub(super) weight: f64,
     pub(super) load: Load,
     breaker: Option<Breaker>,
-    standing: AtomicU8,
+    /// The standing in the lowest byte, and the number of the presence: what [`Live`] says, written under its lock.
+    state: AtomicU64,
     features: AtomicU8,
     live: Mutex<Live>,
 }
@@ -101,8 +102,10 @@ pub(super) struct Live {
     pub(super) deregistered: Option<Instant>,
     pub(super) offline: Option<Instant>,
     pub(super) replaced: bool,
-    /// A clone of the token itself would take its lock.
-    pub(super) gone: Arc<CancellationToken>,
+    /// Grows when it comes back after it had been offline.
+    presence: u64,
+    /// Fires when this presence is over.
+    pub(super) gone: CancellationToken,
 }
 
 // === impl Worker ===
@@ -130,13 +133,13 @@ impl Worker {
             deregistered: None,
             offline: None,
             replaced: false,
-            gone: Arc::default(),
+            presence: 0,
+            gone: CancellationToken::new(),
         };
         live.describe(registration);
         let id = registration.worker_id.clone();
         let account = hub.ledger.open(now);
-        let standing = live.standing();
-        account.mark(Entry::ASIDE, standing != Standing::Online);
+        account.mark(Entry::ASIDE, live.standing() != Standing::Online);
         let breaker = hub.settings.breaker.as_ref().map(|breaker| Breaker::new(breaker, account.clone(), now));
         Self {
             incarnation: registration.incarnation.as_str().into(),
@@ -147,7 +150,7 @@ impl Worker {
             weight: hub.settings.weights.get(id.as_str()).copied().unwrap_or(1.0),
             load: Load::new(account, live.capacity.max_concurrent, now),
             breaker,
-            standing: AtomicU8::new(standing as u8),
+            state: AtomicU64::new(live.state()),
             features: AtomicU8::new(feature_bits(&live.features)),
             live: Mutex::new(live),
             id,
@@ -156,14 +159,7 @@ impl Worker {
     }
 
     pub(super) fn standing(&self) -> Standing {
-        match self.standing.load(Ordering::Acquire) {
-            0 => Standing::Online,
-            1 => Standing::Degraded,
-            2 => Standing::Held,
-            3 => Standing::Unheard,
-            4 => Standing::Draining,
-            _ => Standing::Offline,
-        }
+        Standing::from_state(self.state.load(Ordering::Acquire))
     }
 
     pub(super) fn has(&self, feature: Feature) -> bool {
@@ -180,9 +176,8 @@ impl Worker {
         let result = change(&mut live);
         self.load.set_limit(live.capacity.max_concurrent);
         self.features.store(feature_bits(&live.features), Ordering::Relaxed);
-        let standing = live.standing();
-        self.standing.store(standing as u8, Ordering::Release);
-        self.load.account().mark(Entry::ASIDE, standing != Standing::Online);
+        self.state.store(live.state(), Ordering::Release);
+        self.load.account().mark(Entry::ASIDE, live.standing() != Standing::Online);
         result
     }
 
@@ -204,10 +199,21 @@ impl Worker {
         }
     }
 
-    /// The token of this presence, if the worker may be given a request now.
-    pub(super) fn presence(&self) -> Option<Arc<CancellationToken>> {
+    /// The number of its presence, if it may be given a request now.
+    pub(super) fn presence(&self) -> Option<u64> {
+        let state = self.state.load(Ordering::Acquire);
+        Standing::from_state(state).is_candidate().then_some(state >> 8)
+    }
+
+    /// Fires when a presence is over.
+    pub(super) fn gone(&self, presence: u64) -> CancellationToken {
         let live = self.live.lock();
-        live.standing().is_candidate().then(|| live.gone.clone())
+        if live.presence == presence {
+            return live.gone.clone();
+        }
+        let over = CancellationToken::new();
+        over.cancel();
+        over
     }
 
     /// What a session holds that belongs to it.
@@ -245,6 +251,10 @@ impl Live {
         } else {
             Standing::Online
         }
+    }
+
+    fn state(&self) -> u64 {
+        self.presence << 8 | self.standing() as u64
     }
 
     /// Takes over what a registration says. Whether the models are others than before.
@@ -291,7 +301,8 @@ impl Live {
         self.unheard = false;
         self.held = self.held.filter(|until| now < *until);
         if self.offline.take().is_some() {
-            self.gone = Arc::default();
+            self.presence += 1;
+            self.gone = CancellationToken::new();
         }
     }
 
@@ -308,6 +319,17 @@ impl Live {
 // === impl Standing ===
 
 impl Standing {
+    fn from_state(state: u64) -> Self {
+        match state as u8 {
+            0 => Self::Online,
+            1 => Self::Degraded,
+            2 => Self::Held,
+            3 => Self::Unheard,
+            4 => Self::Draining,
+            _ => Self::Offline,
+        }
+    }
+
     /// Whether requests may go there.
     pub(super) fn is_candidate(self) -> bool {
         matches!(self, Self::Online | Self::Degraded | Self::Held)

@@ -207,7 +207,10 @@ impl Breaker {
     fn change<T>(&self, settings: &BreakerSettings, change: impl FnOnce(&mut Core) -> T) -> T {
         let mut core = self.core.lock();
         let result = change(&mut core);
-        self.gate.store(core.gate(), Ordering::Release);
+        // Reports change it seldom: others who only look keep their copy of it.
+        if self.gate.load(Ordering::Relaxed) != core.gate() {
+            self.gate.store(core.gate(), Ordering::Release);
+        }
         self.mark(&core, core.is_shut(settings));
         result
     }
