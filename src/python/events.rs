@@ -86,9 +86,17 @@ impl PyEvents {
         let events = Arc::clone(self.0.get()?);
         let next = async move { events.lock().await.next().await };
         bridge::awaitable_with(py, next, |py, event| match event {
-            Some(event) => PyControllerEvent(event).into_py_any(py),
+            Some(event) => PyControllerEvent::from(event).into_py_any(py),
             None => Err(PyStopAsyncIteration::new_err(())),
         })
+    }
+}
+
+// === impl PyControllerEvent ===
+
+impl From<Event> for PyControllerEvent {
+    fn from(event: Event) -> Self {
+        Self(event)
     }
 }
 
