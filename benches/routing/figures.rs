@@ -35,7 +35,7 @@ pub struct Figures {
 
 /// Measures them. `quick`: less often.
 pub fn all(quick: bool) -> Result<Figures, Box<dyn Error>> {
-    let (rounds, length) = if quick { (3, Duration::from_millis(20)) } else { (15, Duration::from_millis(100)) };
+    let (rounds, length) = (if quick { 5 } else { 60 }, Duration::from_millis(20));
     Ok(Figures {
         allocations: allocations(),
         memory: memory()?,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
@@ -90,9 +90,7 @@ impl Teller {
     pub(super) fn failover(&self, request_id: &str, worker: &WorkerId, previous: &WorkerId) {
         self.metrics.failover();
         if self.sender.receiver_count() > 0 {
-            let details = [("requestId", request_id), ("previous", previous)];
-            let details = details.map(|(key, value)| (key.to_owned(), Value::from(value)));
-            self.tell(Event::new("failover", worker, details.into_iter().collect()));
+            self.tell(Event::new("failover", worker, json!({"requestId": request_id, "previous": previous.as_str()})));
         }
     }
 
@@ -135,7 +133,8 @@ impl Teller {
 // === impl Event ===
 
 impl Event {
-    fn new(kind: &'static str, worker: &WorkerId, details: Map<String, Value>) -> Self {
+    fn new(kind: &'static str, worker: &WorkerId, details: Value) -> Self {
+        let details = if let Value::Object(details) = details { details } else { Map::new() };
         Self { kind, worker_id: Some(worker.clone()), timestamp_ms: epoch_ms(), details, lost: 0 }
     }
 }
@@ -143,6 +142,7 @@ impl Event {
 impl From<&RouterEvent> for Event {
     /// It happened now.
     fn from(event: &RouterEvent) -> Self {
-        Self::new(event.kind(), event.worker_id(), event.details())
+        let (kind, facts) = event.told();
+        Self::new(kind, event.worker_id(), Value::Object(facts))
     }
 }

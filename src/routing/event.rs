@@ -67,20 +67,6 @@ pub enum RouterEvent {
 // === impl RouterEvent ===
 
 impl RouterEvent {
-    /// What happened, as it is written everywhere: `worker_registered`.
-    #[must_use]
-    pub const fn kind(&self) -> &'static str {
-        match self {
-            Self::WorkerRegistered { .. } => "worker_registered",
-            Self::WorkerReplaced { .. } => "worker_replaced",
-            Self::WorkerOffline { .. } => "worker_offline",
-            Self::WorkerRemoved { .. } => "worker_removed",
-            Self::WorkerDraining { .. } => "worker_draining",
-            Self::BreakerChanged { .. } => "breaker_changed",
-            Self::SessionMoved { .. } => "session_moved",
-        }
-    }
-
     /// The worker that it concerns.
     #[must_use]
     pub const fn worker_id(&self) -> &WorkerId {
@@ -95,18 +81,25 @@ impl RouterEvent {
         }
     }
 
-    /// The facts, under camelCase keys.
+    /// What happened, as it is written everywhere, and the facts, under camelCase keys.
     #[must_use]
-    pub fn details(&self) -> Map<String, Value> {
-        let facts = match self {
-            Self::WorkerRegistered { incarnation, models, .. } => json!({"incarnation": incarnation, "models": models}),
-            Self::WorkerReplaced { incarnation, previous, .. } => json!({"incarnation": incarnation, "previous": previous}),
-            Self::WorkerOffline { .. } | Self::WorkerRemoved { .. } | Self::WorkerDraining { .. } => Value::Null,
-            Self::BreakerChanged { from, to, reason, .. } => {
-                json!({"from": from.as_str(), "to": to.as_str(), "reason": reason.as_str()})
+    pub fn told(&self) -> (&'static str, Map<String, Value>) {
+        let (kind, facts) = match self {
+            Self::WorkerRegistered { incarnation, models, .. } => {
+                ("worker_registered", json!({"incarnation": incarnation, "models": models}))
             }
-            Self::SessionMoved { previous, .. } => json!({"previous": previous.as_str()}),
+            Self::WorkerReplaced { incarnation, previous, .. } => {
+                ("worker_replaced", json!({"incarnation": incarnation, "previous": previous}))
+            }
+            Self::WorkerOffline { .. } => ("worker_offline", json!({})),
+            Self::WorkerRemoved { .. } => ("worker_removed", json!({})),
+            Self::WorkerDraining { .. } => ("worker_draining", json!({})),
+            Self::BreakerChanged { from, to, reason, .. } => {
+                let (from, to, reason) = (from.as_str(), to.as_str(), reason.as_str());
+                ("breaker_changed", json!({"from": from, "to": to, "reason": reason}))
+            }
+            Self::SessionMoved { previous, .. } => ("session_moved", json!({"previous": previous.as_str()})),
         };
-        if let Value::Object(facts) = facts { facts } else { Map::new() }
+        (kind, if let Value::Object(facts) = facts { facts } else { Map::new() })
     }
 }

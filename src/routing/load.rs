@@ -11,19 +11,20 @@ use tokio::time::Instant;
 use super::ledger::{Account, Entry};
 
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Load {
-    /// Requests, our own and others'.
-    account: Account,
-    /// Times below are told from here.
-    born: Instant,
-    /// The most requests at the same time; 0: no limit.
-    limit: AtomicU32,
-    /// Until when those of others count, in milliseconds since `born`.
-    foreign_until: AtomicU64,
-    /// Until when it wants nothing, in milliseconds since `born`; 0: it said no such thing.
-    held_until: AtomicU64,
     /// See [`PeakEwma::pack`].
     latency: AtomicU64,
+    /// Until when it wants nothing, in milliseconds since `born`; 0: it said no such thing.
+    held_until: AtomicU64,
+    /// Until when requests of others count, in milliseconds since `born`.
+    foreign_until: AtomicU64,
+    /// The most requests at the same time; 0: no limit.
+    limit: AtomicU32,
+    /// Times above are told from here.
+    born: Instant,
+    /// Requests, our own and others'.
+    account: Account,
 }
 
 /// A moving average of the time to first token that jumps to a peak and sinks slowly, as finagle's and linkerd's do:

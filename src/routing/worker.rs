@@ -56,12 +56,18 @@ pub(super) struct Life {
     pub(super) account: u32,
 }
 
+/// In this order: what a selection writes lies together, for threads to have few lines of memory to hand to each other.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Worker {
+    /// The standing in the lowest byte, and the number of the presence: what [`Live`] says, written under its lock.
+    state: AtomicU64,
+    pub(super) load: Load,
+    breaker: Option<Breaker>,
     pub(super) hub: Arc<Hub>,
+    pub(super) life: Life,
     pub(super) id: WorkerId,
     pub(super) incarnation: Arc<str>,
-    pub(super) life: Life,
     pub(super) carrier: Carrier,
     /// It speaks the older dialect.
     pub(super) legacy: bool,
@@ -69,10 +75,6 @@ pub(super) struct Worker {
     pub(super) seat: u64,
     /// For `weighted_random`.
     pub(super) weight: f64,
-    pub(super) load: Load,
-    breaker: Option<Breaker>,
-    /// The standing in the lowest byte, and the number of the presence: what [`Live`] says, written under its lock.
-    state: AtomicU64,
     features: AtomicU8,
     live: Mutex<Live>,
 }

@@ -99,12 +99,13 @@ pub struct BreakerStats {
 }
 
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Breaker {
     /// What [`Core::gate`] says, written under the lock: a CLOSED breaker admits without taking it.
     gate: AtomicU64,
+    core: Mutex<Core>,
     /// Marked, under the lock, where nothing is let through.
     account: Account,
-    core: Mutex<Core>,
 }
 
 // === impl Breaker ===
