@@ -1,7 +1,8 @@
 """Usage: make bench ARGS="[--quick] [--rounds N] [--seconds S] [--only NAME,NAME ...]".
 
-What our controller costs: the bare transport (async-nats), our controller from Rust, our controller from Python, and
-nats-py, with one and the same worker, one after the other within each round. docs/performance.md says what is measured.
+What our controller costs: the deciding core by itself, beside its targets; then the bare transport (async-nats), our
+controller from Rust, our controller from Python, and nats-py, with one and the same worker, one after the other within
+each round. docs/performance.md says what is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import core
 import report
 from measure import Setup
 from report import Cell
@@ -51,7 +53,7 @@ def main() -> int:
     options = _options()
     try:
         return _run(options)
-    except (NatsServerError, SideError) as error:
+    except (NatsServerError, SideError, core.CoreError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -66,6 +68,19 @@ def _run(options: argparse.Namespace) -> int:
     print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
     if load > 0.5:
         print(f"The machine is busy with other things (load {load:.1f}): the figures will be too.")
+    kept: dict[str, Any] = {"machine": machine, "load_before": load}
+    if options.core:
+        rows = core.measure(options.routing, quick=options.quick)
+        print("", *core.table(rows), sep="\n")
+        kept["core"] = [asdict(row) for row in rows]
+    if options.cells:
+        kept |= _compare(options)
+    path = _keep(options.output, kept)
+    print(f"{time.monotonic() - started:.0f} s; all figures: {path}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> dict[str, Any]:
     with NatsServer(port=0) as nats:
         setup = Setup(
             url=nats.url,
@@ -85,21 +100,14 @@ def _run(options: argparse.Namespace) -> int:
         "\n/ raw, / nats-py: alone, latency (lower is better); with many, throughput (higher is better)."
         "\nnats-py is the one on the same event loop; Rust is compared with the one on asyncio."
     )
-    path = _keep(
-        options.output,
-        {
-            "machine": machine,
-            "load_before": load,
-            "rounds": options.rounds,
-            "seconds_per_round": options.seconds,
-            "tokens_per_stream": options.tokens,
-            "cells": {
-                cell.name: {"summary": summary, "rounds": measured[cell]} for cell, summary in cells.items()
-            },
+    return {
+        "rounds": options.rounds,
+        "seconds_per_round": options.seconds,
+        "tokens_per_stream": options.tokens,
+        "cells": {
+            cell.name: {"summary": summary, "rounds": measured[cell]} for cell, summary in cells.items()
         },
-    )
-    print(f"{time.monotonic() - started:.0f} s; all figures: {path}")
-    return 0
+    }
 
 
 def _measure(
@@ -208,6 +216,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--peers", type=Path, required=True, help="the Rust program (make bench builds and names it)"
     )
+    parser.add_argument(
+        "--routing",
+        type=Path,
+        required=True,
+        help="the program of the deciding core (make bench does it too)",
+    )
     parser.add_argument("--quick", action="store_true", help="3 rounds of 0.3 s: a first look")
     parser.add_argument("--rounds", type=_positive, help="rounds that count (default 9)")
     parser.add_argument("--seconds", type=float, help="length of one round of one side (default 0.6)")
@@ -215,7 +229,7 @@ def _options() -> argparse.Namespace:
         "--requests", type=_positive, default=_UNBOUNDED, help="at most so many in one round of one side"
     )
     parser.add_argument("--tokens", type=_positive, default=64, help="length of a stream (default 64)")
-    names = [*SIDES, *(cell.name for cell in _CELLS)]
+    names = ["core", *SIDES, *(cell.name for cell in _CELLS)]
     parser.add_argument("--only", metavar="NAME,NAME", default="", help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=Path, default=_ROOT / "target" / "bench", help="folder for the JSON")
     options = parser.parse_args()
@@ -225,8 +239,11 @@ def _options() -> argparse.Namespace:
     for name in wanted:
         if name not in names:
             parser.error(f"--only: {name!r} is none of {', '.join(names)}")
+    options.core = not wanted or "core" in wanted
     options.sides = [name for name in SIDES if name in wanted] or list(SIDES)
     options.cells = [cell for cell in _CELLS if cell.name in wanted] or _CELLS
+    if wanted == ["core"]:
+        options.cells = []
     return options
 
 

@@ -70,9 +70,10 @@ def bench(arguments: list[str]) -> int:
     """Builds the Rust side of the benchmark, and runs it."""
     steps = _prepare("dev", 2)
     steps.begin("Rust side of the benchmark, release build")
-    peers = environment.build_peers()
+    programs = environment.build_benchmarks()
     steps.begin("The benchmark")
-    return _become([PYTHON, _existing("benches/main.py"), f"--peers={peers}", *arguments])
+    named = (f"--{name}={path}" for name, path in programs.items())
+    return _become([PYTHON, _existing("benches/main.py"), *named, *arguments])
 
 
 def test(arguments: list[str]) -> int:

@@ -148,26 +148,28 @@ def ensure_contents(profile: str) -> None:
         _stamp("installation", metadata)
 
 
-def build_peers() -> Path:
-    """Builds the Rust program of the benchmark in release mode and returns where it is.
+def build_benchmarks() -> dict[str, Path]:
+    """Builds the Rust programs of the benchmark in release mode and returns where they are, by name.
 
     Raises:
         StepError: The build failed.
     """
     _require_rust()
+    names = ("peers", "routing")
     command: list[str | Path] = [
         "cargo",
         "bench",
         "--no-run",
-        "--bench=peers",
+        *(f"--bench={name}" for name in names),
         "--message-format=json-render-diagnostics",
     ]
-    job = _cargo(command, "peers.log", "the Rust side of the benchmark")
+    job = _cargo(command, "benchmarks.log", "the Rust side of the benchmark")
     _run(job)
-    found = re.search(r'"executable":"([^"]+)"', job.log.read_text(encoding="utf-8"))
-    if found is None:
+    built = re.findall(r'"executable":"([^"]+)"', job.log.read_text(encoding="utf-8"))
+    found = {name: Path(path) for name in names for path in built if Path(path).name.startswith(f"{name}-")}
+    if len(found) < len(names):
         raise StepError(f"cargo does not say where the Rust side of the benchmark is; its log: {job.log}")
-    return Path(found[1])
+    return found
 
 
 def requirements(profile: str) -> list[str]:

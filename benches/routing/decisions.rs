@@ -11,7 +11,7 @@ use mlx_serving_router::routing::{Lease, Outcome, Query, Router};
 use mlx_serving_router::wire::PrefixHashes;
 use tokio::time::Instant;
 
-use crate::fleet::{self, MODELS};
+use crate::fleet::{self, MODELS, SessionName};
 
 pub const SESSIONS: usize = 100_000;
 const TTFT: Duration = Duration::from_millis(20);
@@ -65,28 +65,25 @@ fn occupy(router: &Arc<Router>, requests: usize, now: Instant) -> Vec<Lease> {
     (0..requests).map(|_| router.select(&ANY, now).unwrap_or_else(|refusal| panic!("{refusal:?}"))).collect()
 }
 
-/// Requests of known sessions, in no order that a cache could guess; the name is in the caller's hands before.
+/// Requests of known sessions, in no order that a cache could guess.
 fn sessions(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decision");
     for workers in [10, 10_000] {
         let now = Instant::now();
         let known = LazyCell::new(|| {
             let router = fleet::with_workers(Strategy::LeastRequests, workers, now);
-            let names: Vec<String> = (0..SESSIONS).map(|number| fleet::session(fleet::scattered(number, SESSIONS))).collect();
-            for name in &names {
-                decide(&router, &Query { session_id: Some(name), ..ANY }, now);
+            for number in 0..SESSIONS {
+                decide(&router, &Query { session_id: Some(SessionName::of(number).as_str()), ..ANY }, now);
             }
-            (router, names)
+            router
         });
         let mut number = 0;
         group.bench_function(BenchmarkId::new("session", workers), |bencher| {
-            let (router, names) = &*known;
+            let router = &*known;
             bencher.iter(|| {
                 number = (number + 1) % SESSIONS;
-                let soon = names[(number * 7_919 + 10 * 7_919) % SESSIONS].as_bytes();
-                black_box(soon[0] ^ soon[soon.len() - 1]);
-                let name = &names[number * 7_919 % SESSIONS];
-                decide(router, &Query { session_id: Some(black_box(name)), ..ANY }, now);
+                let name = SessionName::of(fleet::scattered(number, SESSIONS));
+                decide(router, &Query { session_id: Some(black_box(name.as_str())), ..ANY }, now);
             });
         });
     }

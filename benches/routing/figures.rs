@@ -27,15 +27,15 @@ pub struct Figures {
     memory: (u64, u64),
     /// CPU seconds of registering the fleet, and of a heartbeat from each, both from their JSON on.
     fleet_cpu: (f64, f64),
-    /// By the size of the fleet and round: decisions per second of one thread, and of two.
-    threads: Vec<(usize, Vec<(f64, f64)>)>,
+    /// By the size of the fleet and round: decisions per second of one thread, of two, and of two with a router each.
+    threads: Vec<(usize, Vec<[f64; 3]>)>,
     /// What a request takes more for a failed attempt before, in seconds, by round: without backoff; with it, less the backoff.
     retry: attempts::Retries,
 }
 
 /// Measures them. `quick`: less often.
 pub fn all(quick: bool) -> Result<Figures, Box<dyn Error>> {
-    let (rounds, length) = if quick { (3, Duration::from_millis(20)) } else { (15, Duration::from_millis(100)) };
+    let (rounds, length) = (if quick { 5 } else { 60 }, Duration::from_millis(20));
     Ok(Figures {
         allocations: allocations(),
         memory: memory()?,
@@ -78,7 +78,7 @@ fn a_large_house() -> Result<(Arc<Router>, Arc<Requests>), Box<dyn Error>> {
     let requests = Requests::new(&RequestMetricsConfig::default());
     let messages = Json::from_value(&serde_json::json!([{"role": "user", "content": "Hello"}]))?;
     for number in 0..SESSIONS {
-        let session = fleet::session(number);
+        let session = fleet::SessionName::of(number).as_str().to_owned();
         let lease = router.select(&Query { session_id: Some(&session), ..ANY }, now).map_err(|why| format!("{why:?}"))?;
         if number < RECORDS {
             let request = InferenceRequest {

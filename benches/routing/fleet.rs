@@ -73,7 +73,22 @@ pub fn heartbeat(number: usize, sequence: u64) -> Heartbeat {
     }
 }
 
-/// The name of one of many sessions, as long as a UUID.
-pub fn session(number: usize) -> String {
-    format!("5e55105e-0000-4000-8000-{number:012x}")
+/// The name of one of many sessions, as long as a UUID. Made in nanoseconds, without the heap.
+pub struct SessionName([u8; 36]);
+
+// === impl SessionName ===
+
+impl SessionName {
+    pub fn of(mut number: usize) -> Self {
+        let mut name = *b"5e55105e-0000-4000-8000-000000000000";
+        for digit in name[24..].iter_mut().rev() {
+            *digit = b"0123456789abcdef"[number % 16];
+            number /= 16;
+        }
+        Self(name)
+    }
+
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
 }

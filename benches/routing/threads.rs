@@ -12,21 +12,23 @@ use tokio::time::Instant;
 use crate::decisions::{ANY, decide};
 use crate::fleet;
 
-/// For each round: decisions per second of one thread, and of two together.
-pub fn rounds(workers: usize, rounds: usize, length: Duration) -> Vec<(f64, f64)> {
-    let router = fleet::with_workers(Strategy::PeakEwma, workers, Instant::now());
-    rate(&router, 2, length);
-    (0..rounds).map(|_| (rate(&router, 1, length), rate(&router, 2, length))).collect()
+/// For each round: decisions per second of one thread, of two together, and of two that have a router each. The last is
+/// what the machine can do.
+pub fn rounds(workers: usize, rounds: usize, length: Duration) -> Vec<[f64; 3]> {
+    let [router, other] = [(); 2].map(|()| fleet::with_workers(Strategy::PeakEwma, workers, Instant::now()));
+    rate(&[&router, &router], length);
+    let kinds = [&[&router][..], &[&router, &router], &[&router, &other]];
+    (0..rounds).map(|_| kinds.map(|routers| rate(routers, length))).collect()
 }
 
-fn rate(router: &Arc<Router>, threads: usize, length: Duration) -> f64 {
+fn rate(routers: &[&Arc<Router>], length: Duration) -> f64 {
     let ready = AtomicUsize::new(0);
     let over = AtomicBool::new(false);
-    let run = || {
+    let run = |router: &Arc<Router>| {
         let now = Instant::now();
         let mut decisions = 0_u64;
         ready.fetch_add(1, Ordering::AcqRel);
-        while ready.load(Ordering::Acquire) < threads {
+        while ready.load(Ordering::Acquire) < routers.len() {
             std::hint::spin_loop();
         }
         let started = Instant::now();
@@ -42,7 +44,7 @@ fn rate(router: &Arc<Router>, threads: usize, length: Duration) -> f64 {
         decisions as f64 / started.elapsed().as_secs_f64()
     };
     thread::scope(|scope| {
-        let running: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        let running: Vec<_> = routers.iter().map(|router| scope.spawn(|| run(router))).collect();
         running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).sum()
     })
 }

@@ -830,7 +830,8 @@ class Router:
             model_id: The model.
             session_id: The conversation that the request belongs to.
             exclude: Workers that failed this request.
-            explain: Whether the lease says who was left out, and why.
+            explain: Whether the lease (`left_out`), or the error (`context["left_out"]`), says who was left out, and
+                why.
             prompt: What will be asked, as one text; only the strategy `prefix_aware` looks at it, and keeps hashes
                 alone.
 
@@ -842,8 +843,29 @@ class Router:
     def workers(self) -> list[WorkerInfo]:
         """Every known worker, by id."""
 
+    def worker(self, worker_id: str) -> WorkerInfo | None:
+        """One worker; `None` where it is not known."""
+
+    def drain_worker(self, worker_id: str) -> bool:
+        """Give a worker nothing new. False: it is not known."""
+
     def get_circuit_breaker_stats(self) -> dict[str, BreakerStats]:
         """What the circuit breakers have seen, by worker; empty where they are disabled."""
+
+    def reset_circuit_breaker(self, worker_id: str) -> bool:
+        """Close a circuit breaker and forget what it has seen.
+
+        False: there is no such worker, or there are no breakers.
+        """
+
+    def force_open_circuit_breaker(self, worker_id: str) -> bool:
+        """Open a circuit breaker until it is reset. False: there is no such worker, or there are no breakers."""
+
+    def take_events(self) -> list[ControllerEvent]:
+        """What happened since the last call, the oldest first: workers come and go, breakers change, sessions move.
+
+        At most the latest 1,024 are kept; the first one says in `lost` how many came before.
+        """
 
 @final
 class Lease:
@@ -876,8 +898,12 @@ class Lease:
             ttft_ms: Its first token came so many milliseconds after the request was sent.
         """
 
-    def failure(self, code: ControllerErrorCode | str) -> bool:
+    def failure(self, code: ControllerErrorCode | str, *, retry_after_ms: int | None = None) -> bool:
         """It failed. The code decides what the breaker makes of it. True: this opened the breaker.
+
+        Args:
+            code: What it met.
+            retry_after_ms: The worker wants to be left alone for so many milliseconds, and is.
 
         Raises:
             ValueError: There is no such code.

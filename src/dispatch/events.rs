@@ -89,33 +89,24 @@ impl Teller {
     /// Another worker answered than the one that was asked first.
     pub(super) fn failover(&self, request_id: &str, worker: &WorkerId, previous: &WorkerId) {
         self.metrics.failover();
-        self.tell("failover", worker, json!({"requestId": request_id, "previous": previous.as_str()}));
+        if self.sender.receiver_count() > 0 {
+            self.tell(Event::new("failover", worker, json!({"requestId": request_id, "previous": previous.as_str()})));
+        }
     }
 
     /// The routing room's observer: counts, logs and hands on.
     pub(super) fn observe(&self, event: RouterEvent) {
-        match event {
-            RouterEvent::WorkerRegistered { worker_id, incarnation, models } => {
-                tracing::info!(%worker_id, ?models, "worker registered");
-                self.tell("worker_registered", &worker_id, json!({"incarnation": incarnation, "models": models}));
-            }
+        match &event {
+            RouterEvent::WorkerRegistered { worker_id, models, .. } => tracing::info!(%worker_id, ?models, "worker registered"),
             RouterEvent::WorkerReplaced { worker_id, incarnation, previous } => {
                 tracing::warn!(%worker_id, incarnation, previous, "a new start of this worker, or another one of its name, took its place");
-                self.tell("worker_replaced", &worker_id, json!({"incarnation": incarnation, "previous": previous}));
             }
-            RouterEvent::WorkerOffline { worker_id } => {
-                tracing::warn!(%worker_id, "worker offline: silent for too long");
-                self.tell("worker_offline", &worker_id, json!({}));
-            }
+            RouterEvent::WorkerOffline { worker_id } => tracing::warn!(%worker_id, "worker offline: silent for too long"),
             RouterEvent::WorkerRemoved { worker_id } => {
                 tracing::info!(%worker_id, "worker forgotten");
-                self.metrics.worker_removed(&worker_id);
-                self.tell("worker_removed", &worker_id, json!({}));
+                self.metrics.worker_removed(worker_id);
             }
-            RouterEvent::WorkerDraining { worker_id } => {
-                tracing::info!(%worker_id, "worker draining");
-                self.tell("worker_draining", &worker_id, json!({}));
-            }
+            RouterEvent::WorkerDraining { worker_id } => tracing::info!(%worker_id, "worker draining"),
             RouterEvent::BreakerChanged { worker_id, from, to, reason } => {
                 use crate::routing::CircuitState::{ForcedOpen, Open};
                 let (opened, from, to, reason) = (matches!(to, Open | ForcedOpen), from.as_str(), to.as_str(), reason.as_str());
@@ -125,21 +116,33 @@ impl Teller {
                     tracing::info!(%worker_id, from, to, reason, "circuit breaker half-open or closed");
                 }
                 self.metrics.breaker_transition(to);
-                self.tell("breaker_changed", &worker_id, json!({"from": from, "to": to, "reason": reason}));
             }
-            RouterEvent::SessionMoved { worker_id, previous } => {
-                self.tell("session_moved", &worker_id, json!({"previous": previous.as_str()}));
-            }
+            RouterEvent::SessionMoved { .. } => {}
+        }
+        if self.sender.receiver_count() > 0 {
+            self.tell((&event).into());
         }
     }
 
-    fn tell(&self, kind: &'static str, worker: &WorkerId, details: Value) {
-        if self.sender.receiver_count() == 0 {
-            return;
-        }
-        let details = if let Value::Object(details) = details { details } else { Map::new() };
-        let event = Event { kind, worker_id: Some(worker.clone()), timestamp_ms: epoch_ms(), details, lost: 0 };
+    fn tell(&self, event: Event) {
         // An error means that the last reader has just gone.
         let _ = self.sender.send(event);
+    }
+}
+
+// === impl Event ===
+
+impl Event {
+    fn new(kind: &'static str, worker: &WorkerId, details: Value) -> Self {
+        let details = if let Value::Object(details) = details { details } else { Map::new() };
+        Self { kind, worker_id: Some(worker.clone()), timestamp_ms: epoch_ms(), details, lost: 0 }
+    }
+}
+
+impl From<&RouterEvent> for Event {
+    /// It happened now.
+    fn from(event: &RouterEvent) -> Self {
+        let (kind, facts) = event.told();
+        Self::new(kind, event.worker_id(), Value::Object(facts))
     }
 }

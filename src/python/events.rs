@@ -99,9 +99,17 @@ impl PyEvents {
     fn __anext__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let next = Arc::clone(self.0.get()?).next();
         bridge::awaitable_with(py, next, |py, mut taken| match taken.event.take() {
-            Some(event) => PyControllerEvent(event).into_py_any(py),
+            Some(event) => PyControllerEvent::from(event).into_py_any(py),
             None => Err(PyStopAsyncIteration::new_err(())),
         })
+    }
+}
+
+// === impl PyControllerEvent ===
+
+impl From<Event> for PyControllerEvent {
+    fn from(event: Event) -> Self {
+        Self(event)
     }
 }
 

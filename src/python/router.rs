@@ -1,5 +1,6 @@
 //! The deciding core alone, for Python: `Router` and `Lease`. Synchronous, without I/O and without the runtime.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,8 +12,10 @@ use pyo3::types::{PyDict, PyString};
 use tokio::time::Instant;
 
 use super::config::PyClusterConfig;
+use super::events::PyControllerEvent;
 use super::fleet::{self, PyWorkerInfo};
 use super::{errors, json};
+use crate::dispatch::Event;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::routing::{Carrier, Lease, LeftOut, Outcome, Query, Refusal, Registered, Router, RouterSettings};
 use crate::wire::{
@@ -35,7 +38,18 @@ pub(super) struct PyRouter {
     router: Arc<Router>,
     sequence: AtomicU64,
     expired: Mutex<Instant>,
+    events: Arc<Mutex<Untold>>,
 }
+
+/// What happened and was not taken yet: the latest of it.
+#[derive(Default)]
+struct Untold {
+    events: VecDeque<Event>,
+    lost: u64,
+}
+
+/// Events that are kept until they are taken.
+const MOST_EVENTS: usize = 1_024;
 
 /// A worker's promise to take one request. End it with `success`, `failure` or `release`; the first one counts. Dropped, or
 /// left as a context manager, it is released: that says nothing about the worker.
@@ -79,16 +93,6 @@ fn refused(model: &str, refusal: Refusal) -> ControllerError {
     error.with("modelId", model)
 }
 
-fn reason(left_out: LeftOut) -> &'static str {
-    match left_out {
-        LeftOut::Tried => "tried",
-        LeftOut::CircuitOpen => "circuit_open",
-        LeftOut::Full => "full",
-        LeftOut::Degraded => "degraded",
-        LeftOut::Unheard => "unheard",
-    }
-}
-
 #[pymethods]
 impl PyRouter {
     #[new]
@@ -98,8 +102,10 @@ impl PyRouter {
         let config = config.cast_into::<PyClusterConfig>()?;
         let settings = RouterSettings::try_from(&config.get().0).map_err(|error| errors::raise_settings(py, &error))?;
         let seed = seed.unwrap_or_else(|| fastrand::u64(..));
-        let router = Router::new(settings, seed, Box::new(|_| {}));
-        Ok(Self { router, sequence: AtomicU64::new(0), expired: Mutex::new(Instant::now()) })
+        let events = Arc::new(Mutex::new(Untold::default()));
+        let told = events.clone();
+        let router = Router::new(settings, seed, Box::new(move |event| told.lock().push((&event).into())));
+        Ok(Self { router, sequence: AtomicU64::new(0), expired: Mutex::new(Instant::now()), events })
     }
 
     /// Adds a worker, or says anew what it can do. It stays until it is removed.
@@ -198,7 +204,7 @@ impl PyRouter {
             cached_prefixes: Vec::new(),
         };
         self.router.heartbeat(&heartbeat, &|_| false, now);
-        self.router.expire(now);
+        self.expire(now);
         Ok(())
     }
 
@@ -208,7 +214,7 @@ impl PyRouter {
     ///     model_id: The model.
     ///     session_id: The conversation that the request belongs to.
     ///     exclude: Workers that failed this request.
-    ///     explain: Whether the lease says who was left out, and why.
+    ///     explain: Whether the lease, or the error's context, says who was left out, and why.
     ///     prompt: What will be asked, as one text; only the strategy `prefix_aware` looks at it, and keeps hashes alone.
     ///
     /// Raises:
@@ -229,7 +235,11 @@ impl PyRouter {
         let exclude = exclude.iter().map(|name| worker_id(name)).collect::<PyResult<Vec<_>>>()?;
         let prompt = prompt.filter(|_| self.router.wants_prefixes()).map(|text| PrefixHashes::of_prompt(model_id, text));
         let query = Query { model_id, session_id, exclude: &exclude, worker_id: None, prompt: prompt.as_ref() };
-        let lease = errors::unwrap(py, self.router.select(&query, now).map_err(|refusal| refused(model_id, refusal)))?;
+        let lease = self.router.select(&query, now).map_err(|refusal| {
+            let error = refused(model_id, refusal);
+            if explain { error.with("leftOut", shown("workerId", &self.router.left_out(&query, now))) } else { error }
+        });
+        let lease = errors::unwrap(py, lease)?;
         Ok(PyLease {
             worker_id: lease.worker_id().clone(),
             choice: lease.choice().as_str(),
@@ -241,6 +251,37 @@ impl PyRouter {
     /// Every known worker, by id.
     fn workers(&self) -> Vec<PyWorkerInfo> {
         self.router.snapshot(Instant::now()).into_iter().map(PyWorkerInfo::from).collect()
+    }
+
+    /// One worker; `None` where it is not known.
+    fn worker(&self, worker_id: &str) -> Option<PyWorkerInfo> {
+        self.router.worker(worker_id, Instant::now()).map(PyWorkerInfo::from)
+    }
+
+    /// Gives a worker nothing new. False: it is not known.
+    fn drain_worker(&self, worker_id: &str) -> bool {
+        self.router.drain(worker_id, Instant::now())
+    }
+
+    /// Closes a circuit breaker and forgets what it has seen. False: there is no such worker, or there are no breakers.
+    fn reset_circuit_breaker(&self, worker_id: &str) -> bool {
+        self.router.reset_breaker(worker_id, Instant::now())
+    }
+
+    /// Opens a circuit breaker until it is reset. False: there is no such worker, or there are no breakers.
+    fn force_open_circuit_breaker(&self, worker_id: &str) -> bool {
+        self.router.force_open_breaker(worker_id, Instant::now())
+    }
+
+    /// What happened since the last call, the oldest first: at most the latest 1,024, and the first of them says in `lost` how
+    /// many came before.
+    fn take_events(&self) -> Vec<PyControllerEvent> {
+        self.expire(Instant::now());
+        let Untold { mut events, lost } = std::mem::take(&mut *self.events.lock());
+        if let Some(first) = events.front_mut() {
+            first.lost = lost;
+        }
+        events.into_iter().map(PyControllerEvent::from).collect()
     }
 
     /// What the circuit breakers have seen, by worker; empty where they are disabled.
@@ -294,13 +335,7 @@ impl PyLease {
     /// `reason`. Else `None`.
     #[getter]
     fn left_out<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let shown = self.left_out.as_ref().map(|left_out| {
-            left_out
-                .iter()
-                .map(|(worker, why)| serde_json::json!({"worker_id": worker.as_str(), "reason": reason(*why)}))
-                .collect::<Vec<_>>()
-        });
-        json::to_python(py, &shown)
+        json::to_python(py, &self.left_out.as_deref().map(|left_out| shown("worker_id", left_out)))
     }
 
     /// The first token came, so many milliseconds after the request was sent.
@@ -326,10 +361,18 @@ impl PyLease {
         Ok(())
     }
 
-    /// It failed. The code decides what the breaker makes of it. True: this opened the breaker.
-    fn failure(&self, code: &Bound<'_, PyString>) -> PyResult<bool> {
+    /// It failed. The code decides what the breaker makes of it. True: this opened the breaker. `retry_after_ms`: the worker
+    /// wants to be left alone for so many milliseconds, and is.
+    #[pyo3(signature = (code, *, retry_after_ms=None))]
+    fn failure(&self, code: &Bound<'_, PyString>, retry_after_ms: Option<u64>) -> PyResult<bool> {
         let code = errors::code(code)?;
-        Ok(self.take().is_some_and(|lease| lease.end(Outcome::Failure(code), Instant::now())))
+        let now = Instant::now();
+        Ok(self.take().is_some_and(|lease| {
+            if let Some(span) = retry_after_ms {
+                lease.hold_back(Duration::from_millis(span), now);
+            }
+            lease.end(Outcome::Failure(code), now)
+        }))
     }
 
     /// Gives the place back; says nothing about the worker.
@@ -357,6 +400,21 @@ impl PyLease {
     fn take(&self) -> Option<Lease> {
         self.lease.lock().take()
     }
+}
+
+impl Untold {
+    fn push(&mut self, event: Event) {
+        if self.events.len() == MOST_EVENTS {
+            self.events.pop_front();
+            self.lost += 1;
+        }
+        self.events.push_back(event);
+    }
+}
+
+/// Who was left out; `key` is what the worker's name stands under.
+fn shown(key: &str, left_out: &[(WorkerId, LeftOut)]) -> serde_json::Value {
+    left_out.iter().map(|(worker, why)| serde_json::json!({key: worker.as_str(), "reason": why.as_str()})).collect()
 }
 
 fn millis(ms: f64) -> PyResult<Duration> {

@@ -1,5 +1,7 @@
 //! What the room tells of itself: every change of membership, every transition of a breaker, once.
 
+use serde_json::{Map, Value, json};
+
 use super::breaker::{BreakerReason, CircuitState};
 use crate::wire::WorkerId;
 
@@ -60,4 +62,44 @@ pub enum RouterEvent {
         /// From whom.
         previous: WorkerId,
     },
+}
+
+// === impl RouterEvent ===
+
+impl RouterEvent {
+    /// The worker that it concerns.
+    #[must_use]
+    pub const fn worker_id(&self) -> &WorkerId {
+        match self {
+            Self::WorkerRegistered { worker_id, .. }
+            | Self::WorkerReplaced { worker_id, .. }
+            | Self::WorkerOffline { worker_id }
+            | Self::WorkerRemoved { worker_id }
+            | Self::WorkerDraining { worker_id }
+            | Self::BreakerChanged { worker_id, .. }
+            | Self::SessionMoved { worker_id, .. } => worker_id,
+        }
+    }
+
+    /// What happened, as it is written everywhere, and the facts, under camelCase keys.
+    #[must_use]
+    pub fn told(&self) -> (&'static str, Map<String, Value>) {
+        let (kind, facts) = match self {
+            Self::WorkerRegistered { incarnation, models, .. } => {
+                ("worker_registered", json!({"incarnation": incarnation, "models": models}))
+            }
+            Self::WorkerReplaced { incarnation, previous, .. } => {
+                ("worker_replaced", json!({"incarnation": incarnation, "previous": previous}))
+            }
+            Self::WorkerOffline { .. } => ("worker_offline", json!({})),
+            Self::WorkerRemoved { .. } => ("worker_removed", json!({})),
+            Self::WorkerDraining { .. } => ("worker_draining", json!({})),
+            Self::BreakerChanged { from, to, reason, .. } => {
+                let (from, to, reason) = (from.as_str(), to.as_str(), reason.as_str());
+                ("breaker_changed", json!({"from": from, "to": to, "reason": reason}))
+            }
+            Self::SessionMoved { previous, .. } => ("session_moved", json!({"previous": previous.as_str()})),
+        };
+        (kind, if let Value::Object(facts) = facts { facts } else { Map::new() })
+    }
 }

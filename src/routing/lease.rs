@@ -3,7 +3,7 @@
 //! Both come back on any end, once: [`Lease::end`] reports how the attempt ended; a lease that is dropped says nothing
 //! about the worker.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -47,7 +47,9 @@ pub enum Choice {
 #[derive(Debug)]
 pub struct Lease {
     worker: Arc<Worker>,
-    gone: Arc<CancellationToken>,
+    presence: u64,
+    /// That of the presence, once somebody asked for it.
+    gone: OnceLock<CancellationToken>,
     choice: Choice,
     since: Instant,
     progress: Mutex<Progress>,
@@ -69,9 +71,19 @@ struct Progress {
 
 impl Lease {
     /// The caller has taken a place in the worker's load.
-    pub(super) fn new(worker: Arc<Worker>, gone: Arc<CancellationToken>, choice: Choice, now: Instant) -> Self {
+    pub(super) fn new(worker: Arc<Worker>, presence: u64, choice: Choice, now: Instant) -> Self {
         let progress = Mutex::new(Progress { permit: None, first_token: false });
-        Self { worker, gone, choice, since: now, progress, moves: None, prompt: None, was_probe: false }
+        Self {
+            worker,
+            presence,
+            gone: OnceLock::new(),
+            choice,
+            since: now,
+            progress,
+            moves: None,
+            prompt: None,
+            was_probe: false,
+        }
     }
 
     /// The breaker let the request through.
@@ -132,7 +144,7 @@ impl Lease {
     /// Fires when the worker goes offline, is removed, or is replaced; deregistering does not fire it.
     #[must_use]
     pub fn gone(&self) -> &CancellationToken {
-        &self.gone
+        self.gone.get_or_init(|| self.worker.gone(self.presence))
     }
 
     /// Why this worker was chosen.
@@ -145,7 +157,7 @@ impl Lease {
     /// allocates nothing where all were candidates.
     #[must_use]
     pub fn left_out(&self, query: &Query<'_>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
-        self.worker.hub.left_out(query, &self.worker, now)
+        self.worker.hub.left_out(query, Some(&self.worker), now)
     }
 
     /// The first token came, so long after the request was sent. For a probe of a half-open breaker this is its success.

@@ -8,23 +8,23 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::ledger::{Account, Entry};
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Load {
-    /// Requests, our own and others'.
-    account: Account,
-    /// Times below are told from here.
-    born: Instant,
-    /// The most requests at the same time; 0: no limit.
-    limit: AtomicU32,
-    /// Until when those of others count, in milliseconds since `born`.
-    foreign_until: AtomicU64,
+    /// See [`PeakEwma::pack`].
+    latency: AtomicU64,
     /// Until when it wants nothing, in milliseconds since `born`; 0: it said no such thing.
     held_until: AtomicU64,
-    /// `None` before the first answer.
-    latency: Mutex<Option<PeakEwma>>,
+    /// Until when requests of others count, in milliseconds since `born`.
+    foreign_until: AtomicU64,
+    /// The most requests at the same time; 0: no limit.
+    limit: AtomicU32,
+    /// Times above are told from here.
+    born: Instant,
+    /// Requests, our own and others'.
+    account: Account,
 }
 
 /// A moving average of the time to first token that jumps to a peak and sinks slowly, as finagle's and linkerd's do:
@@ -32,15 +32,18 @@ pub(super) struct Load {
 /// so that a worker once slow is tried again.
 #[derive(Clone, Copy, Debug)]
 struct PeakEwma {
-    seconds: f64,
-    at: Instant,
+    seconds: f32,
+    /// The latest sample, in milliseconds since the worker's `born`. It begins anew after 49 days.
+    at: u32,
 }
 
+/// Before the first answer.
+const NO_LATENCY: u64 = u64::MAX;
 /// The time constant of the average.
 const DECAY: Duration = Duration::from_secs(10);
 /// A failure counts as a first token after twice the average, but not less and not more than this, in seconds: a worker
 /// that fails fast must not attract requests.
-const PENALTY: (f64, f64) = (5.0, 60.0);
+const PENALTY: (f32, f32) = (5.0, 60.0);
 
 // === impl Load ===
 
@@ -52,7 +55,7 @@ impl Load {
             limit: AtomicU32::new(limit),
             foreign_until: AtomicU64::new(0),
             held_until: AtomicU64::new(0),
-            latency: Mutex::new(None),
+            latency: AtomicU64::new(NO_LATENCY),
         }
     }
 
@@ -173,19 +176,26 @@ impl Load {
     }
 
     pub(super) fn observe(&self, ttft: Duration, now: Instant) {
-        let mut latency = self.latency.lock();
-        *latency = Some(PeakEwma::with(*latency, ttft.as_secs_f64(), now));
+        self.change_latency(now, |_| ttft.as_secs_f32());
     }
 
     pub(super) fn observe_failure(&self, now: Instant) {
-        let mut latency = self.latency.lock();
-        let estimate = latency.map_or(0.0, |latency| latency.estimate(now));
-        *latency = Some(PeakEwma::with(*latency, (2.0 * estimate).clamp(PENALTY.0, PENALTY.1), now));
+        self.change_latency(now, |estimate| (2.0 * estimate).clamp(PENALTY.0, PENALTY.1));
     }
 
     /// The expected time to first token, in seconds; `None` before the first answer.
-    pub(super) fn latency(&self, now: Instant) -> Option<f64> {
-        self.latency.lock().map(|latency| latency.estimate(now))
+    pub(super) fn latency(&self, now: Instant) -> Option<f32> {
+        PeakEwma::unpack(self.latency.load(Ordering::Relaxed)).map(|latency| latency.estimate(self.millis(now) as u32))
+    }
+
+    /// Takes the sample that `sample` makes of the estimate.
+    fn change_latency(&self, now: Instant, sample: impl Fn(f32) -> f32) {
+        let now = self.millis(now) as u32;
+        let _ = self.latency.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |latency| {
+            let before = PeakEwma::unpack(latency);
+            let seconds = sample(before.map_or(0.0, |before| before.estimate(now)));
+            Some(before.map_or(PeakEwma { seconds, at: now }, |before| before.with(seconds, now)).pack())
+        });
     }
 
     /// How long ago the worker registered.
@@ -201,18 +211,68 @@ impl Load {
 // === impl PeakEwma ===
 
 impl PeakEwma {
-    fn weight(&self, now: Instant) -> f64 {
-        (-now.saturating_duration_since(self.at).as_secs_f64() / DECAY.as_secs_f64()).exp()
+    /// In one number, so that a sample is taken without a lock.
+    fn pack(self) -> u64 {
+        u64::from(self.seconds.to_bits()) << 32 | u64::from(self.at)
     }
 
-    fn estimate(&self, now: Instant) -> f64 {
+    fn unpack(packed: u64) -> Option<Self> {
+        (packed != NO_LATENCY).then(|| Self { seconds: f32::from_bits((packed >> 32) as u32), at: packed as u32 })
+    }
+
+    /// How old the latest sample is, in milliseconds; 0 where the clock went backwards.
+    fn age(self, now: u32) -> u32 {
+        let age = now.wrapping_sub(self.at);
+        if age > u32::MAX / 2 { 0 } else { age }
+    }
+
+    fn weight(self, now: u32) -> f32 {
+        (-(self.age(now) as f32 / 1e3) / DECAY.as_secs_f32()).exp()
+    }
+
+    fn estimate(self, now: u32) -> f32 {
         self.seconds * self.weight(now)
     }
 
-    fn with(before: Option<Self>, seconds: f64, now: Instant) -> Self {
-        let Some(before) = before else { return Self { seconds, at: now } };
-        let weight = before.weight(now);
-        let seconds = seconds.max(before.seconds * weight + seconds * (1.0 - weight));
-        Self { seconds, at: before.at.max(now) }
+    fn with(self, seconds: f32, now: u32) -> Self {
+        let weight = self.weight(now);
+        let seconds = seconds.max(self.seconds * weight + seconds * (1.0 - weight));
+        Self { seconds, at: self.at.wrapping_add(self.age(now)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::Arc;
+
+    use super::super::ledger::Ledger;
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_average_jumps_to_a_peak_and_sinks_slowly() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let load = Load::new(Arc::new(Ledger::new(false)).open(start), 0, start);
+        assert_eq!(load.latency(start), None);
+        load.observe(Duration::from_millis(500), at(1));
+        load.observe(Duration::from_secs(2), at(1));
+        assert_eq!(load.latency(at(1)), Some(2.0));
+        let close = |found: f32, expected: f32| assert!((found - expected).abs() < 1e-4, "{found} instead of {expected}");
+        close(load.latency(at(11)).unwrap(), 2.0 * (-1_f32).exp());
+        load.observe(Duration::from_secs(1), at(11));
+        close(load.latency(at(11)).unwrap(), 1.0 + (-1_f32).exp());
+        load.observe(Duration::ZERO, at(5));
+        close(load.latency(at(11)).unwrap(), 1.0 + (-1_f32).exp());
+        load.observe_failure(at(11));
+        close(load.latency(at(11)).unwrap(), 5.0);
+        load.observe_failure(at(11));
+        close(load.latency(at(11)).unwrap(), 10.0);
+        // The milliseconds begin anew after 49.7 days.
+        let days = |count: u64| start + Duration::from_secs(count * 86_400);
+        load.observe(Duration::from_secs(3), days(49));
+        load.observe(Duration::from_secs(1), days(50));
+        close(load.latency(days(50)).unwrap(), 1.0);
     }
 }

@@ -58,7 +58,7 @@ pub enum HeartbeatVerdict {
 pub(super) struct Effects {
     pub(super) events: Vec<RouterEvent>,
     /// Presences that are over.
-    pub(super) gone: Vec<Arc<CancellationToken>>,
+    pub(super) gone: Vec<CancellationToken>,
     /// Requests that wait may find room.
     pub(super) room: bool,
 }
@@ -119,6 +119,10 @@ impl Registry {
     /// Everybody, by id.
     pub(super) fn workers(&self) -> BTreeMap<WorkerId, Arc<Worker>> {
         self.members.iter().map(|(id, member)| (id.clone(), member.worker.clone())).collect()
+    }
+
+    pub(super) fn find(&self, id: &str) -> Option<&Arc<Worker>> {
+        self.members.get(id).map(|member| &member.worker)
     }
 
     pub(super) fn register(

@@ -15,7 +15,7 @@ use super::hub::Hub;
 use super::registry::{Effects, HeartbeatVerdict, Registered, Registry};
 use super::settings::RouterSettings;
 use super::snapshot::WorkerSnapshot;
-use super::worker::Carrier;
+use super::worker::{Carrier, Worker};
 use crate::config::Strategy;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -146,7 +146,7 @@ impl Router {
     /// One worker.
     #[must_use]
     pub fn worker(&self, id: &str, now: Instant) -> Option<WorkerSnapshot> {
-        self.fleet().workers.get(id).map(|worker| WorkerSnapshot::new(worker, now))
+        self.find(id).map(|worker| WorkerSnapshot::new(&worker, now))
     }
 
     /// What the breaker of every known worker has seen, by id; empty where there are none.
@@ -159,20 +159,18 @@ impl Router {
 
     /// Closes a breaker and forgets what it has seen. False: the worker is unknown, or there are no breakers.
     pub fn reset_breaker(&self, id: &str, now: Instant) -> bool {
-        let fleet = self.fleet();
-        let Some(worker) = fleet.workers.get(id) else { return false };
+        let Some(worker) = self.find(id) else { return false };
         let Some((breaker, settings)) = worker.breaker() else { return false };
-        self.hub.tell_breaker(worker, breaker.reset(settings, now));
+        self.hub.tell_breaker(&worker, breaker.reset(settings, now));
         self.hub.capacity_freed.notify_waiters();
         true
     }
 
     /// Opens a breaker until it is reset. False: the worker is unknown, or there are no breakers.
     pub fn force_open_breaker(&self, id: &str, now: Instant) -> bool {
-        let fleet = self.fleet();
-        let Some(worker) = fleet.workers.get(id) else { return false };
+        let Some(worker) = self.find(id) else { return false };
         let Some((breaker, settings)) = worker.breaker() else { return false };
-        self.hub.tell_breaker(worker, breaker.force_open(settings, now));
+        self.hub.tell_breaker(&worker, breaker.force_open(settings, now));
         true
     }
 
@@ -208,12 +206,15 @@ impl Router {
 
     /// Learns what a heartbeat names. What it leaves out may still be there: it has room for some hashes only.
     fn take_prefixes(&self, heartbeat: &Heartbeat, now: Instant) {
-        let fleet = self.fleet();
-        let worker = fleet.workers.get(&heartbeat.worker_id);
-        if let Some(worker) = worker.filter(|worker| *worker.incarnation == *heartbeat.incarnation) {
+        if let Some(worker) = self.find(&heartbeat.worker_id).filter(|worker| *worker.incarnation == *heartbeat.incarnation) {
             let named = heartbeat.cached_prefixes.iter().take(MOST_CACHED_PREFIXES);
-            self.hub.learn(named.filter_map(|text| PrefixHashes::parse(text)), worker, now);
+            self.hub.learn(named.filter_map(|text| PrefixHashes::parse(text)), &worker, now);
         }
+    }
+
+    /// One worker. It needs no new picture of the fleet, which a large fleet that gathers would pay for with each worker.
+    fn find(&self, id: &str) -> Option<Arc<Worker>> {
+        self.registry.lock().find(id).cloned()
     }
 
     pub(super) fn hub(&self) -> &Hub {

@@ -153,6 +153,12 @@ impl Router {
         })
     }
 
+    /// Who is no candidate for a query, and why; see also [`Lease::left_out`].
+    #[must_use]
+    pub fn left_out(&self, query: &Query<'_>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
+        self.hub().left_out(query, None, now)
+    }
+
     /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy. Those of a tier come
     /// into question when nobody of the tiers before has room.
     fn choose(
@@ -276,12 +282,13 @@ impl Hub {
         breakers.is_some_and(|breakers| share(model.workers.len().saturating_sub(model.admitted(fleet))) > breakers.max_open)
     }
 
-    /// Who was no candidate beside the chosen worker, and why, as it looks now.
-    pub(super) fn left_out(&self, query: &Query<'_>, chosen: &Worker, now: Instant) -> Vec<(WorkerId, LeftOut)> {
+    /// Who was no candidate beside the chosen worker, if one was, and why, as it looks now.
+    pub(super) fn left_out(&self, query: &Query<'_>, chosen: Option<&Worker>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
         let fleet = self.fleet.load();
         let model = fleet.model(query.model_id);
         let panic = model.is_some_and(|model| self.panics(&fleet, model));
-        let others = model.map_or(&[][..], |model| &model.workers).iter().filter(|worker| worker.life != chosen.life);
+        let is_chosen = |worker: &Worker| chosen.is_some_and(|chosen| chosen.life == worker.life);
+        let others = model.map_or(&[][..], |model| &model.workers).iter().filter(|worker| !is_chosen(worker));
         others
             .filter_map(|worker| {
                 let why = match worker.standing() {
@@ -290,7 +297,7 @@ impl Hub {
                     _ if query.exclude.contains(&worker.id) => LeftOut::Tried,
                     _ if !worker.admits(panic, now) => LeftOut::CircuitOpen,
                     _ if !worker.load.has_room(now) => LeftOut::Full,
-                    standing if standing > chosen.standing() => LeftOut::Degraded,
+                    standing if chosen.is_some_and(|chosen| standing > chosen.standing()) => LeftOut::Degraded,
                     _ => return None,
                 };
                 Some((worker.id.clone(), why))
@@ -304,13 +311,13 @@ fn claim(worker: &Arc<Worker>, choice: Choice, panic: bool, now: Instant) -> Opt
     if !worker.load.try_enter(now) {
         return None;
     }
-    let Some(gone) = worker.presence() else {
+    let Some(presence) = worker.presence() else {
         // Nobody else can take this place either: there is nothing to tell those who wait.
         worker.load.leave();
         return None;
     };
     // From here on the lease gives the place back, whatever happens.
-    let mut lease = Lease::new(worker.clone(), gone, choice, now);
+    let mut lease = Lease::new(worker.clone(), presence, choice, now);
     if let Some((breaker, settings)) = worker.breaker() {
         let (permit, transition) = breaker.acquire(settings, panic, now)?;
         lease.hold(permit);

@@ -1,9 +1,10 @@
 //! Which worker a session belongs to: a bounded map that forgets what was not used for longest.
 //!
 //! All sessions live equally long since their last use, so that one list in the order of use serves both the time limit
-//! and the cap: finding, binding and forgetting take constant time.
+//! and the cap: finding, binding and forgetting take constant time. Sessions are known by a hash of 64 bits with a key of
+//! its own: of a hundred thousand two are the same once in a few billion times, and then share a worker.
 
-use std::hash::RandomState;
+use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use hashlink::LinkedHashMap;
@@ -17,8 +18,8 @@ use crate::wire::WorkerId;
 pub(super) struct Sessions {
     ttl: Duration,
     cap: usize,
-    /// The least recently used one first. Callers choose the names: the hash has a key of its own.
-    entries: LinkedHashMap<Box<str>, Entry, RandomState>,
+    /// By the hash of the session, the least recently used one first.
+    entries: LinkedHashMap<u64, Entry, RandomState>,
 }
 
 /// One life of one worker.
@@ -43,7 +44,8 @@ impl Sessions {
 
     /// The worker of a session; asking is using.
     pub(super) fn find(&mut self, session: &str, now: Instant) -> Option<Binding> {
-        let RawEntryMut::Occupied(mut found) = self.entries.raw_entry_mut().from_key(session) else { return None };
+        let session = self.key(session);
+        let RawEntryMut::Occupied(mut found) = self.entries.raw_entry_mut().from_key(&session) else { return None };
         if found.get().is_over(self.ttl, now) {
             found.remove();
             return None;
@@ -56,7 +58,8 @@ impl Sessions {
 
     /// Gives a session to a worker and says whose it was.
     pub(super) fn bind(&mut self, session: &str, binding: Binding, now: Instant) -> Option<Binding> {
-        if let RawEntryMut::Occupied(mut found) = self.entries.raw_entry_mut().from_key(session) {
+        let session = self.key(session);
+        if let RawEntryMut::Occupied(mut found) = self.entries.raw_entry_mut().from_key(&session) {
             found.to_back();
             return Some(found.replace_value(Entry { binding, used: now }).binding);
         }
@@ -64,7 +67,7 @@ impl Sessions {
         while self.entries.len() >= self.cap {
             self.entries.pop_front();
         }
-        self.entries.insert(session.into(), Entry { binding, used: now });
+        self.entries.insert(session, Entry { binding, used: now });
         None
     }
 
@@ -73,6 +76,10 @@ impl Sessions {
         while self.entries.front().is_some_and(|(_, oldest)| oldest.is_over(self.ttl, now)) {
             self.entries.pop_front();
         }
+    }
+
+    fn key(&self, session: &str) -> u64 {
+        self.entries.hasher().hash_one(session)
     }
 
     pub(super) fn len(&self) -> usize {

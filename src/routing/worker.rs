@@ -14,7 +14,7 @@ use super::load::Load;
 use super::rendezvous;
 use super::sessions::Binding;
 use super::settings::BreakerSettings;
-use crate::sync::atomic::{AtomicU8, Ordering};
+use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 use crate::wire::{Capacity, Feature, Heartbeat, Phase, Registration, WorkerId, WorkerStatus};
 
@@ -56,12 +56,18 @@ pub(super) struct Life {
     pub(super) account: u32,
 }
 
+/// In this order: what a selection writes lies together, for threads to have few lines of memory to hand to each other.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Worker {
+    /// The standing in the lowest byte, and the number of the presence: what [`Live`] says, written under its lock.
+    state: AtomicU64,
+    pub(super) load: Load,
+    breaker: Option<Breaker>,
     pub(super) hub: Arc<Hub>,
+    pub(super) life: Life,
     pub(super) id: WorkerId,
     pub(super) incarnation: Arc<str>,
-    pub(super) life: Life,
     pub(super) carrier: Carrier,
     /// It speaks the older dialect.
     pub(super) legacy: bool,
@@ -69,9 +75,6 @@ pub(super) struct Worker {
     pub(super) seat: u64,
     /// For `weighted_random`.
     pub(super) weight: f64,
-    pub(super) load: Load,
-    breaker: Option<Breaker>,
-    standing: AtomicU8,
     features: AtomicU8,
     live: Mutex<Live>,
 }
@@ -106,8 +109,10 @@ pub(super) struct Live {
     pub(super) replaced: bool,
     /// Another life has its name; what it has may finish.
     pub(super) succeeded: bool,
-    /// A clone of the token itself would take its lock.
-    pub(super) gone: Arc<CancellationToken>,
+    /// Grows when it comes back after it had been offline.
+    presence: u64,
+    /// Fires when this presence is over.
+    pub(super) gone: CancellationToken,
 }
 
 // === impl Worker ===
@@ -137,13 +142,13 @@ impl Worker {
             offline: None,
             replaced: false,
             succeeded: false,
-            gone: Arc::default(),
+            presence: 0,
+            gone: CancellationToken::new(),
         };
         live.describe(registration);
         let id = registration.worker_id.clone();
         let account = hub.ledger.open(now);
-        let standing = live.standing();
-        account.mark(Entry::ASIDE, standing != Standing::Online);
+        account.mark(Entry::ASIDE, live.standing() != Standing::Online);
         let breaker = hub.settings.breaker.as_ref().map(|breaker| Breaker::new(breaker, account.clone(), now));
         Self {
             incarnation: registration.incarnation.as_str().into(),
@@ -154,7 +159,7 @@ impl Worker {
             weight: hub.settings.weights.get(id.as_str()).copied().unwrap_or(1.0),
             load: Load::new(account, live.capacity.max_concurrent, now),
             breaker,
-            standing: AtomicU8::new(standing as u8),
+            state: AtomicU64::new(live.state()),
             features: AtomicU8::new(feature_bits(&live.features)),
             live: Mutex::new(live),
             id,
@@ -163,14 +168,7 @@ impl Worker {
     }
 
     pub(super) fn standing(&self) -> Standing {
-        match self.standing.load(Ordering::Acquire) {
-            0 => Standing::Online,
-            1 => Standing::Degraded,
-            2 => Standing::Held,
-            3 => Standing::Unheard,
-            4 => Standing::Draining,
-            _ => Standing::Offline,
-        }
+        Standing::from_state(self.state.load(Ordering::Acquire))
     }
 
     pub(super) fn has(&self, feature: Feature) -> bool {
@@ -187,9 +185,8 @@ impl Worker {
         let result = change(&mut live);
         self.load.set_limit(live.capacity.max_concurrent);
         self.features.store(feature_bits(&live.features), Ordering::Relaxed);
-        let standing = live.standing();
-        self.standing.store(standing as u8, Ordering::Release);
-        self.load.account().mark(Entry::ASIDE, standing != Standing::Online);
+        self.state.store(live.state(), Ordering::Release);
+        self.load.account().mark(Entry::ASIDE, live.standing() != Standing::Online);
         result
     }
 
@@ -211,10 +208,21 @@ impl Worker {
         }
     }
 
-    /// The token of this presence, if the worker may be given a request now.
-    pub(super) fn presence(&self) -> Option<Arc<CancellationToken>> {
+    /// The number of its presence, if it may be given a request now.
+    pub(super) fn presence(&self) -> Option<u64> {
+        let state = self.state.load(Ordering::Acquire);
+        Standing::from_state(state).is_candidate().then_some(state >> 8)
+    }
+
+    /// Fires when a presence is over.
+    pub(super) fn gone(&self, presence: u64) -> CancellationToken {
         let live = self.live.lock();
-        live.standing().is_candidate().then(|| live.gone.clone())
+        if live.presence == presence {
+            return live.gone.clone();
+        }
+        let over = CancellationToken::new();
+        over.cancel();
+        over
     }
 
     /// Whether this life is over for all but what it finishes.
@@ -258,6 +266,10 @@ impl Live {
         } else {
             Standing::Online
         }
+    }
+
+    fn state(&self) -> u64 {
+        self.presence << 8 | self.standing() as u64
     }
 
     /// Takes over what a registration says. Whether the models are others than before.
@@ -305,7 +317,8 @@ impl Live {
         self.suspect = false;
         self.held = self.held.filter(|until| now < *until);
         if self.offline.take().is_some() {
-            self.gone = Arc::default();
+            self.presence += 1;
+            self.gone = CancellationToken::new();
         }
     }
 
@@ -322,6 +335,17 @@ impl Live {
 // === impl Standing ===
 
 impl Standing {
+    fn from_state(state: u64) -> Self {
+        match state as u8 {
+            0 => Self::Online,
+            1 => Self::Degraded,
+            2 => Self::Held,
+            3 => Self::Unheard,
+            4 => Self::Draining,
+            _ => Self::Offline,
+        }
+    }
+
     /// Whether requests may go there.
     pub(super) fn is_candidate(self) -> bool {
         matches!(self, Self::Online | Self::Degraded | Self::Held)

@@ -28,11 +28,10 @@ def _whole(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.nats(pytest.mark.slow(pytest.mark.timeout(900)(test)))
 
 
-@pytest.fixture(scope="module")
-def peers() -> Path:
-    """The Rust program, in a debug build: other tests have built most of it already."""
+def _built(name: str) -> Path:
+    """A Rust program of the benchmark, in a debug build: other tests have built most of it already."""
     done = subprocess.run(
-        ["cargo", "build", "--bench=peers", "--message-format=json-render-diagnostics"],
+        ["cargo", "build", f"--bench={name}", "--message-format=json-render-diagnostics"],
         cwd=_ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -43,9 +42,15 @@ def peers() -> Path:
     return Path(found[1])
 
 
-def _command(peers: Path, output: Path, *options: str) -> list[str]:
+@pytest.fixture(scope="module")
+def peers() -> Path:
+    return _built("peers")
+
+
+def _command(peers: Path, output: Path, *options: str, routing: Path = Path("nowhere")) -> list[str]:
     main = _ROOT / "benches" / "main.py"
-    return [sys.executable, "-B", str(main), f"--peers={peers}", f"--output={output}", *options]
+    programs = (f"--peers={peers}", f"--routing={routing}")
+    return [sys.executable, "-B", str(main), *programs, f"--output={output}", *options]
 
 
 @pytest.fixture
@@ -90,6 +95,76 @@ def test_ratios_are_taken_within_a_round(report: ModuleType) -> None:
     assert summary["raw"]["ratios"] == {}
 
 
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(_ROOT / "benches"))
+    yield importlib.import_module("core")
+    del sys.modules["core"]
+
+
+def test_a_figure_stands_beside_its_target(core: ModuleType) -> None:
+    found = [
+        core.Row("quick enough", 299.6, "ns", 300),
+        core.Row("too slow", 12.34, "µs", 10),
+        core.Row("enough", 1.61, "x", at_least=1.6),
+        core.Row("too little", 1.2, "x", at_least=1.6),
+        core.Row("promised by nobody", 1234.5, "ns"),
+        core.Row("none at all", 0.0, "", 0),
+    ]
+
+    assert [row.holds for row in found] == [True, False, True, False, True, True]
+    assert [" ".join(line.split()) for line in core.table(found)] == [
+        "The deciding core",
+        "target measured",
+        "quick enough ≤ 300 ns 300 ns",
+        "too slow ≤ 10 µs 12.3 µs missed",
+        "enough ≥ 1.60 x 1.61 x",
+        "too little ≥ 1.60 x 1.20 x missed",
+        "promised by nobody 1,234 ns",
+        "none at all ≤ 0 0",
+    ]
+
+
+def test_figures_of_the_core_are_medians_of_rounds(core: ModuleType) -> None:
+    names = [
+        "decision/least_requests/10",
+        "decision/least_requests/10000",
+        "decision/least_requests_busy/10000",
+    ]
+    names += [
+        "decision/peak_ewma/10",
+        "decision/peak_ewma/10000",
+        "decision/session/10",
+        "decision/session/10000",
+    ]
+    names += ["decision/prefix_aware/10", "decision/prefix_aware/1000", "attempt/timers"]
+    figures = {
+        "allocations": [["a", 0.0], ["b", 2.0]],
+        "memory": [33_000_000, 300_000],
+        "fleet_cpu": [0.2, 0.1],
+        # The machine was busy with other things in the second round.
+        "threads": [[10, [[1.0, 1.7, 2.0], [1.0, 0.5, 0.6], [2.0, 3.2, 3.8]]]],
+        "retry": {"at_once": [0.001, 0.002, 0.9], "after_a_failure": [0.0015, 0.0027, 0.9]},
+    }
+
+    rows = {row.name: row for row in core.rows(dict.fromkeys(names, 250.0), figures, {"peak_ewma": 800.0})}
+
+    def measured(beginning: str) -> float:
+        (row,) = (row for name, row in rows.items() if name.startswith(beginning))
+        return round(row.measured, 6)
+
+    assert (measured("least_requests, 10 "), measured("least_requests, 10,000 workers, all busy")) == (
+        250,
+        0.25,
+    )
+    assert measured("Router.select") == 0.8
+    assert measured("two threads to one") == 1.6
+    assert measured("what a retry adds") == 0.5
+    assert measured("heap allocations") == 2
+    assert measured("CPU of") == 0.3
+    assert not rows["heap allocations of a decision"].holds
+
+
 # === whole runs ===
 
 
@@ -105,7 +180,7 @@ def _run(peers: Path, output: Path, *options: str) -> tuple[str, dict[str, Any]]
 
 @_whole
 def test_every_side_does_every_kind_of_work(peers: Path, tmp_path: Path) -> None:
-    printed, kept = _run(peers, tmp_path)
+    printed, kept = _run(peers, tmp_path, f"--only={','.join(_CELLS)}")
 
     assert list(kept["cells"]) == _CELLS
     for name, cell in kept["cells"].items():
@@ -136,6 +211,21 @@ def test_every_side_does_every_kind_of_work(peers: Path, tmp_path: Path) -> None
 def cell_title(name: str) -> str:
     mode, _, concurrency = name.partition("-")
     return f"{mode}, {'one request' if concurrency == '1' else '64 requests'} at a time"
+
+
+@_whole
+def test_the_deciding_core_is_measured_by_itself(peers: Path, tmp_path: Path) -> None:
+    command = _command(peers, tmp_path, "--only=core", "--quick", routing=_built("routing"))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*.json")
+    kept = json.loads(file.read_text(encoding="utf-8"))
+
+    assert "cells" not in kept
+    assert all(row["measured"] >= 0 and row["name"] in done.stdout for row in kept["core"])
+    assert len(kept["core"]) == 20
+    (allocations,) = (row for row in kept["core"] if row["name"].startswith("heap allocations"))
+    assert allocations["measured"] == 0
 
 
 @_whole

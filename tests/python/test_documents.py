@@ -194,7 +194,8 @@ def test_every_state_is_named(table: str, field: str, values: Any) -> None:
 
 
 def test_every_event_is_described_with_its_details() -> None:
-    told = re.findall(r'tell\("(\w+)", [^,]+, json!\(\{(.*?)\}\)\)', source("dispatch/events.rs"))
+    events = source("routing/event.rs") + source("dispatch/events.rs")
+    told = re.findall(r'"(\w+)", (?:worker, )?json!\(\{(.*?)\}\)', events)
     assert {kind: {snake(key) for key in re.findall(r'"(\w+)":', facts)} for kind, facts in told} == {
         row["event"].strip("`"): set(quoted(row["details"])) for row in tables(MONITORING, "event")
     }

@@ -142,6 +142,76 @@ def test_a_decision_is_explained() -> None:
     assert router.select("tiny").left_out is None
 
 
+def test_a_refusal_is_explained() -> None:
+    router = fleet("a", "b", "c", requestRouting={"circuitBreaker": {"failureThreshold": 1}})
+    router.add_worker("b", ["tiny"], max_concurrent=1)
+    held = [router.select("tiny", exclude=["a", "c"])]
+    router.select("tiny", exclude=["a", "b"]).failure("WORKER_TIMEOUT")
+    with pytest.raises(ControllerError) as caught:
+        router.select("tiny", exclude=["a"], explain=True)
+    assert caught.value.code == "QUEUE_FULL"
+    assert caught.value.context["left_out"] == [
+        {"worker_id": "a", "reason": "tried"},
+        {"worker_id": "b", "reason": "full"},
+        {"worker_id": "c", "reason": "circuit_open"},
+    ]
+    with pytest.raises(ControllerError) as caught:
+        router.select("tiny", exclude=["a"])
+    assert "left_out" not in caught.value.context
+    assert [lease.worker_id for lease in held] == ["b"]
+
+
+def test_breakers_obey_the_operator_and_tell_what_they_do() -> None:
+    router = fleet("a", requestRouting={"circuitBreaker": {"failureThreshold": 1}})
+    assert [event.kind for event in router.take_events()] == ["worker_registered"]
+    assert router.force_open_circuit_breaker("a") is True
+    assert router.get_circuit_breaker_stats()["a"]["state"] is CircuitState.FORCED_OPEN
+    with pytest.raises(ControllerError):
+        router.select("tiny")
+    assert router.reset_circuit_breaker("a") is True
+    assert router.select("tiny").failure("WORKER_TIMEOUT") is True
+    events = router.take_events()
+    assert {(event.kind, event.worker_id, event.lost) for event in events} == {("breaker_changed", "a", 0)}
+    assert [event.details for event in events] == [
+        {"from": "CLOSED", "to": "FORCED_OPEN", "reason": "forced"},
+        {"from": "FORCED_OPEN", "to": "CLOSED", "reason": "reset"},
+        {"from": "CLOSED", "to": "OPEN", "reason": "consecutive_failures"},
+    ]
+    assert router.take_events() == []
+    assert router.reset_circuit_breaker("b") is False
+    assert router.force_open_circuit_breaker("b") is False
+
+
+def test_events_that_nobody_takes_are_bounded() -> None:
+    router = fleet("a")
+    for _ in range(600):
+        router.force_open_circuit_breaker("a")
+        router.reset_circuit_breaker("a")
+    events = router.take_events()
+    assert (len(events), events[0].lost, events[1].lost) == (1_024, 177, 0)
+    assert events[-1].details["to"] == "CLOSED"
+
+
+def test_a_draining_worker_gets_nothing_new() -> None:
+    router = fleet("a", "b")
+    assert router.drain_worker("a") is True
+    assert {router.select("tiny").worker_id for _ in range(4)} == {"b"}
+    worker = router.worker("a")
+    assert worker is not None
+    assert worker.status == "draining"
+    assert router.worker("c") is None
+    assert router.drain_worker("c") is False
+
+
+def test_a_worker_that_wants_to_be_left_alone_is() -> None:
+    router = fleet("a")
+    router.select("tiny").failure("WORKER_OVERLOADED", retry_after_ms=60_000)
+    with pytest.raises(ControllerError) as caught:
+        router.select("tiny", explain=True)
+    assert caught.value.code == "QUEUE_FULL"
+    assert caught.value.context["left_out"] == [{"worker_id": "a", "reason": "full"}]
+
+
 def test_workers_come_and_go() -> None:
     router = fleet("a")
     assert router.remove_worker("a") is True

@@ -4,6 +4,7 @@
 
 mod breakers;
 mod histories;
+mod ledger;
 mod membership;
 mod models;
 mod prefixes;

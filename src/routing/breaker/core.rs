@@ -39,10 +39,16 @@ pub(in crate::routing) enum Verdict {
     Effect(BreakerEffect),
 }
 
+/// In this order: what every report reads and writes lies together.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Core {
     state: CircuitState,
+    consecutive_failures: u32,
     epoch: u64,
+    success_count: u64,
+    last_success: Option<Instant>,
+    window: Window,
     since: Instant,
     /// When an OPEN one becomes HALF_OPEN.
     until: Instant,
@@ -54,13 +60,9 @@ pub(super) struct Core {
     calm: Duration,
     probes: u32,
     probe_successes: u32,
-    consecutive_failures: u32,
-    window: Window,
     failure_count: u64,
-    success_count: u64,
     opened_count: u64,
     last_failure: Option<Instant>,
-    last_success: Option<Instant>,
 }
 
 /// The jitter of the time to be open, as a share of it.

@@ -99,12 +99,13 @@ pub struct BreakerStats {
 }
 
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Breaker {
     /// What [`Core::gate`] says, written under the lock: a CLOSED breaker admits without taking it.
     gate: AtomicU64,
+    core: Mutex<Core>,
     /// Marked, under the lock, where nothing is let through.
     account: Account,
-    core: Mutex<Core>,
 }
 
 // === impl Breaker ===
@@ -207,7 +208,10 @@ impl Breaker {
     fn change<T>(&self, settings: &BreakerSettings, change: impl FnOnce(&mut Core) -> T) -> T {
         let mut core = self.core.lock();
         let result = change(&mut core);
-        self.gate.store(core.gate(), Ordering::Release);
+        // Reports change it seldom: others who only look keep their copy of it.
+        if self.gate.load(Ordering::Relaxed) != core.gate() {
+            self.gate.store(core.gate(), Ordering::Release);
+        }
         self.mark(&core, core.is_shut(settings));
         result
     }

@@ -7,14 +7,21 @@ use tokio::time::Instant;
 const BUCKETS: usize = 10;
 
 /// Ends within the window. Time that goes backwards counts as standing still.
+///
+/// In this order: what every end writes lies together.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Window {
-    origin: Instant,
-    width: Duration,
     /// The bucket of the latest end, counted from `origin`.
     head: u64,
-    buckets: [Tally; BUCKETS],
+    /// What is in it so far.
+    latest: Tally,
+    /// What is in all of them.
     total: Tally,
+    origin: Instant,
+    width: Duration,
+    /// The others; the place of the latest one is empty.
+    past: [Tally; BUCKETS],
 }
 
 /// How many ended, and how.
@@ -30,13 +37,17 @@ pub(super) struct Tally {
 impl Window {
     pub(super) fn new(length: Duration, now: Instant) -> Self {
         let width = (length / BUCKETS as u32).max(Duration::from_millis(1));
-        Self { origin: now, width, head: 0, buckets: [Tally::default(); BUCKETS], total: Tally::default() }
+        let (latest, total) = (Tally::default(), Tally::default());
+        Self { head: 0, latest, total, origin: now, width, past: [Tally::default(); BUCKETS] }
     }
 
     /// Adds one end and gives what the window holds now.
     pub(super) fn add(&mut self, end: Tally, now: Instant) -> Tally {
-        self.advance(now);
-        self.buckets[(self.head % BUCKETS as u64) as usize].add(end);
+        let head = self.bucket_at(now);
+        if head > self.head {
+            self.advance(head);
+        }
+        self.latest.add(end);
         self.total.add(end);
         self.total
     }
@@ -44,24 +55,24 @@ impl Window {
     /// What a window that ends now holds.
     pub(super) fn tally(&self, now: Instant) -> Tally {
         let passed = self.bucket_at(now).saturating_sub(self.head);
-        let mut total = self.total;
-        for ahead in 1..=passed.min(BUCKETS as u64) {
-            total.subtract(self.buckets[((self.head + ahead) % BUCKETS as u64) as usize]);
+        if passed >= BUCKETS as u64 {
+            return Tally::default();
         }
+        let mut total = self.total;
+        (1..=passed).for_each(|ahead| total.subtract(self.past[place(self.head + ahead)]));
         total
     }
 
     pub(super) fn clear(&mut self) {
-        self.buckets = [Tally::default(); BUCKETS];
+        self.past = [Tally::default(); BUCKETS];
+        self.latest = Tally::default();
         self.total = Tally::default();
     }
 
-    fn advance(&mut self, now: Instant) {
-        let head = self.bucket_at(now).max(self.head);
-        for ahead in 1..=(head - self.head).min(BUCKETS as u64) {
-            let bucket = &mut self.buckets[((self.head + ahead) % BUCKETS as u64) as usize];
-            self.total.subtract(*bucket);
-            *bucket = Tally::default();
+    fn advance(&mut self, head: u64) {
+        self.past[place(self.head)] = std::mem::take(&mut self.latest);
+        for bucket in self.head + 1..=head.min(self.head + BUCKETS as u64) {
+            self.total.subtract(std::mem::take(&mut self.past[place(bucket)]));
         }
         self.head = head;
     }
@@ -71,6 +82,10 @@ impl Window {
         let nanos = |span: Duration| u64::try_from(span.as_nanos()).unwrap_or(u64::MAX);
         nanos(now.saturating_duration_since(self.origin)) / nanos(self.width)
     }
+}
+
+fn place(bucket: u64) -> usize {
+    (bucket % BUCKETS as u64) as usize
 }
 
 // === impl Tally ===

@@ -17,7 +17,7 @@ pub(super) fn pick(candidates: &Candidates<'_>, dice: &Dice) -> Option<usize> {
     let Some(second) = draw(candidates, &mut random, Some(first)) else { return Some(first) };
     let [one, other] = [first, second].map(|place| {
         let load = &candidates.model.workers[place].load;
-        (f64::from(load.total(candidates.now)) + 1.0, load.latency(candidates.now))
+        (load.total(candidates.now) as f32 + 1.0, load.latency(candidates.now))
     });
     let second_is_better = match (one, other) {
         ((load, Some(latency)), (other_load, Some(other_latency))) => other_load * other_latency < load * latency,
