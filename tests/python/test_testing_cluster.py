@@ -44,9 +44,14 @@ def listens(url: str) -> bool:
 
 
 def own_threads() -> list[str]:
-    """The threads of the package but for that of its log, which lives as long as the process."""
+    """The threads of clusters; others of the package may live as long as the process."""
     names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith("mlx_serving_router") and "logs" not in name]
+    return [name for name in names if name == "mlx_serving_router-front-end"]
+
+
+def threads_of_the_package() -> set[str]:
+    names = (thread.name for thread in threading.enumerate())
+    return {name for name in names if name.startswith("mlx_serving_router")}
 
 
 def children() -> set[int]:
@@ -73,6 +78,7 @@ def nothing_is_left() -> Iterator[None]:
 @pytest.mark.nats
 async def test_a_cluster_is_a_controller_with_its_workers_and_leaves_nothing() -> None:
     tasks = asyncio.all_tasks()
+    threads = threads_of_the_package()
     async with TestCluster() as cluster:
         assert [worker.worker_id for worker in cluster.workers] == ["worker-0", "worker-1", "worker-2"]
         assert [info.status for info in cluster.controller.workers()] == ["online"] * 3
@@ -83,6 +89,7 @@ async def test_a_cluster_is_a_controller_with_its_workers_and_leaves_nothing() -
     assert [worker.state for worker in cluster.workers] == ["stopped"] * 3
     assert not listens(nats_url)
     assert asyncio.all_tasks() == tasks
+    assert threads_of_the_package() <= threads | {"mlx_serving_router-logs"}
     assert sum(worker.request_count for worker in cluster.workers) == 1
     await cluster.stop()
 
