@@ -122,8 +122,11 @@ async fn case_22_when_most_workers_die_the_survivor_gets_no_more_than_it_can_tak
 #[tokio::test(start_paused = true)]
 async fn case_23_under_twice_the_load_the_fleet_does_what_it_can_and_the_important_first() {
     let asks = |number: u64| {
-        let priority =
-            [Priority::High, Priority::Normal, Priority::Low][usize::from(number % 10 > 0) + usize::from(number % 10 > 5)];
+        let priority = match number % 10 {
+            0 => Priority::High,
+            1..=5 => Priority::Normal,
+            _ => Priority::Low,
+        };
         InferenceRequest { priority, ..request() }
     };
     // As it is, and with a queue that has no room for the low.

@@ -109,11 +109,19 @@ fn innocent(world: &World, log: &Log, worker: &str, reason: &str, at: u64) -> Op
     (found < least).then(|| format!("the breaker of {worker} opened at {at} by {reason} after {codes:?}"))
 }
 
+/// What became of one model's budget.
+#[derive(Default)]
+struct Spent {
+    /// When first attempts were made.
+    requests: Vec<u64>,
+    /// When retries were paid for, and how much they cost.
+    retries: Vec<(u64, f64)>,
+}
+
 /// Within any second there are no more retries of a model than its budget allows.
 fn budgets(world: &World, log: &Log) -> Vec<String> {
     let retry = &world.plan.config.request_routing.retry;
-    // For each model: when first attempts were made, and when retries were paid for, and how much they cost.
-    let mut spent: BTreeMap<&str, (Vec<u64>, Vec<(u64, f64)>)> = BTreeMap::new();
+    let mut spent: BTreeMap<&str, Spent> = BTreeMap::new();
     for met in &log.met {
         let Some(metadata) = record(met) else { continue };
         let at = |attempt: &Attempt| met.began + attempt.started_ms - metadata.start_time;
@@ -123,7 +131,7 @@ fn budgets(world: &World, log: &Log) -> Vec<String> {
         };
         for (number, attempt) in (1..).zip(&metadata.attempts) {
             let Some(model) = model(number) else { continue };
-            let (requests, retries) = spent.entry(model).or_default();
+            let Spent { requests, retries } = spent.entry(model).or_default();
             if number == 1 {
                 requests.push(at(attempt));
             }
@@ -134,11 +142,11 @@ fn budgets(world: &World, log: &Log) -> Vec<String> {
         }
         // First attempts that nobody read count too: they make the budget larger.
         if let Some(first) = metadata.attempts.first().filter(|_| model(1).is_none()) {
-            spent.entry(met.call.model).or_default().0.push(at(first));
+            spent.entry(met.call.model).or_default().requests.push(at(first));
         }
     }
     let mut complaints = Vec::new();
-    for (model, (requests, retries)) in &spent {
+    for (model, Spent { requests, retries }) in &spent {
         for (at, _) in retries {
             let within = |since: u64, when: u64| when <= *at && when + since > *at;
             let cost: f64 = retries.iter().filter(|(when, _)| within(900, *when)).map(|(_, cost)| cost).sum();

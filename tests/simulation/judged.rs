@@ -415,11 +415,7 @@ impl<'a> Judged<'a> {
             Code::WorkerTimeout if cause.is_some() => retryable && cause == Some(met),
             code if code == met => {
                 let budget = error.context().contains_key("retryBudgetExhausted");
-                !retryable
-                    || most == 1
-                    || budget
-                    || over
-                    || met == Code::WorkerTimeout && error.context()["limit"] == "total" && over
+                !retryable || most == 1 || budget || over
             }
             _ => false,
         };

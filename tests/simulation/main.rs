@@ -7,7 +7,7 @@
 //! | variable | what it does |
 //! |---|---|
 //! | `SIM_SEED=1234` | this one seed, with all that happened in it |
-//! | `SIM_SEEDS=0..200000` | these seeds, in place of the usual ones |
+//! | `SIM_SEEDS=0..200000` | these seeds, in place of the usual ones; with `-- --nocapture` it tells how far it is |
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
@@ -35,6 +35,9 @@ use world::{Outcome, run};
 const SEEDS: Range<u64> = 0..10_000;
 /// After so many seeds that failed, the rest would say nothing new.
 const ENOUGH: usize = 5;
+
+/// So often is told how far it is.
+const PROGRESS: u64 = 10_000;
 
 thread_local! {
     /// Panics on this thread: tasks of the controller swallow theirs.
@@ -96,19 +99,19 @@ fn every_seed_keeps_the_invariants() {
                     }
                     codes.lock().extend(outcome.codes);
                     if !outcome.complaints.is_empty() {
-                        failed.lock().push((seed, outcome.complaints));
+                        println!("seed {seed}: SIM_SEED={seed} cargo test --test simulation every_seed -- --nocapture");
+                        outcome.complaints.iter().take(8).for_each(|complaint| println!("    {complaint}"));
+                        failed.lock().push(seed);
+                    }
+                    if seed.is_multiple_of(PROGRESS) {
+                        println!("{seed} of {seeds:?}");
                     }
                 }
             });
         }
     });
-    let mut failed = failed.into_inner();
-    failed.sort_unstable();
-    for (seed, complaints) in &failed {
-        println!("seed {seed}: SIM_SEED={seed} cargo test --test simulation every_seed -- --nocapture");
-        complaints.iter().take(8).for_each(|complaint| println!("    {complaint}"));
-    }
-    assert!(failed.is_empty(), "{} seeds failed, see above", failed.len());
+    let failed = failed.into_inner();
+    assert!(failed.is_empty(), "seeds failed, see above: {failed:?}");
     if seeds == SEEDS {
         // There is no NATS to lose, and there should be no defect of ours.
         let never = [Code::NatsError, Code::InternalError];
