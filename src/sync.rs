@@ -51,6 +51,8 @@ pub(crate) fn explore(orders: usize, test: impl Fn() + Send + Sync + Copy + 'sta
     let config = || {
         let mut config = shuttle::Config::new();
         config.stack_size = 1 << 20;
+        // Of orderings, which the head of this file speaks of.
+        config.silence_warnings = true;
         config
     };
     shuttle::Runner::new(RandomScheduler::new(orders), config()).run(test);

@@ -292,6 +292,24 @@ fn becoming_half_open_by_the_clock_and_by_a_caller_is_told_once() {
     });
 }
 
+#[test]
+fn panic_mode_sees_a_breaker_that_opens_while_others_are_looked_at() {
+    explore(ORDERS, || {
+        let world = World::new(|_, breaker| (breaker.minimum_requests, breaker.max_open) = (1, 0.0));
+        world.register("w0", "1", 0);
+        let asked = world.clone();
+        threads(3, move |number| {
+            if number == 0 {
+                assert!(asked.select().unwrap().end(FAILURE, asked.now), "all that ended failed");
+            } else {
+                asked.router.expire(asked.now);
+            }
+        });
+        assert_eq!(world.state(), CircuitState::Open);
+        assert!(world.select().is_ok(), "the failure rate keeps nobody out of a fleet of one");
+    });
+}
+
 // === counts ===
 
 #[test]
