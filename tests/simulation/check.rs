@@ -1,8 +1,9 @@
 //! What has to hold after every simulation, whatever happened in it.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
-use mlx_serving_router::error::{BreakerEffect, ControllerErrorCode as Code};
+use mlx_serving_router::error::ControllerErrorCode as Code;
 use mlx_serving_router::telemetry::{Attempt, RequestMetadata, RequestStatus};
 use serde_json::Value;
 
@@ -54,7 +55,7 @@ pub fn everything(world: &World) {
 /// Transitions follow each other, and are somebody's.
 fn breakers(world: &World, log: &Log) -> Vec<String> {
     let mut complaints = Vec::new();
-    let mut states: BTreeMap<&str, (String, String)> = BTreeMap::new();
+    let mut known: BTreeMap<&str, Known> = BTreeMap::new();
     let mut opened = 0;
     for (at, event) in &log.events {
         let Some(worker) = event.worker_id.as_deref() else { continue };
@@ -62,21 +63,19 @@ fn breakers(world: &World, log: &Log) -> Vec<String> {
         match event.kind {
             "worker_registered" | "worker_replaced" => {
                 let incarnation = detail("incarnation");
-                if states.get(worker).is_none_or(|(known, _)| *known != incarnation) {
-                    states.insert(worker, (incarnation, "CLOSED".into()));
+                if known.get(worker).is_none_or(|known| known.incarnation != incarnation) {
+                    known.insert(worker, Known { incarnation, state: "CLOSED".into(), since: *at });
                 }
             }
             "breaker_changed" => {
                 let (from, to, reason) = (detail("from"), detail("to"), detail("reason"));
-                let Some((_, state)) = states.get_mut(worker) else { continue };
-                if *state != from {
-                    complaints.push(format!("the breaker of {worker} went at {at} from {from} to {to}, and was {state}"));
+                let Some(known) = known.get_mut(worker) else { continue };
+                if known.state != from {
+                    complaints.push(format!("the breaker of {worker} went at {at} from {from} to {to}, and was {}", known.state));
                 }
-                if to == "OPEN" {
-                    opened += 1;
-                    complaints.extend(innocent(world, log, worker, &reason, *at));
-                }
-                *state = to;
+                opened += u32::from(to == "OPEN");
+                complaints.extend(unfounded(world, log, worker, &reason, known.since..=*at));
+                (known.state, known.since) = (to, *at);
             }
             _ => {}
         }
@@ -88,25 +87,41 @@ fn breakers(world: &World, log: &Log) -> Vec<String> {
     complaints
 }
 
-/// A breaker opens after failures that count, and after enough of them.
-fn innocent(world: &World, log: &Log, worker: &str, reason: &str, at: u64) -> Option<String> {
+/// A breaker opens after enough failures that count, and closes after enough probes; of what began before its last
+/// transition none counts.
+fn unfounded(world: &World, log: &Log, worker: &str, reason: &str, span: RangeInclusive<u64>) -> Option<String> {
     let breaker = &world.plan.config.request_routing.circuit_breaker;
-    let ends = log.met.iter().filter_map(|met| Some((met, record(met)?))).flat_map(|(met, metadata)| {
+    let attempts = log.met.iter().filter_map(|met| Some((met, record(met)?))).flat_map(|(met, metadata)| {
         let start = metadata.start_time;
         metadata.attempts.iter().map(move |attempt| (met.began + attempt.started_ms - start, attempt))
     });
-    let ended = |(started, attempt): &(u64, &Attempt)| {
-        attempt.worker_id.as_str() == worker && *started as f64 + attempt.duration_ms.unwrap_or(0.0) <= at as f64
+    let within = attempts.filter(|(started, attempt)| attempt.worker_id.as_str() == worker && span.contains(started));
+    let ends: Vec<_> =
+        within.map(|(started, attempt)| (started + attempt.duration_ms.unwrap_or(0.0) as u64, attempt.code)).collect();
+    let failed = |codes: &[Code]| {
+        let counts = |(at, code): &&(u64, Option<Code>)| at <= span.end() && code.is_some_and(|code| codes.contains(&code));
+        ends.iter().filter(counts).count()
     };
-    let codes: Vec<_> = ends.filter(ended).map(|(_, attempt)| attempt.code).collect();
-    let of = |effects: &[BreakerEffect]| codes.iter().flatten().filter(|code| effects.contains(&code.breaker_effect())).count();
+    // As the contract's table of codes has it.
+    let failures = [Code::WorkerUnavailable, Code::WorkerTimeout, Code::WorkerOffline];
+    let of_rate = [Code::WorkerUnavailable, Code::WorkerTimeout, Code::WorkerOffline, Code::WorkerOverloaded];
     let (least, found) = match reason {
-        "consecutive_failures" => (breaker.failure_threshold as usize, of(&[BreakerEffect::Failure])),
-        "failure_rate" => (1, of(&[BreakerEffect::Failure, BreakerEffect::RateOnly])),
-        "slow_first_tokens" => (1, codes.len()),
-        _ => (1, of(&[BreakerEffect::Failure])),
+        "consecutive_failures" => (breaker.failure_threshold as usize, failed(&failures)),
+        "failure_rate" => (1, failed(&of_rate)),
+        "probe_failed" => (1, failed(&failures)),
+        "probes_succeeded" => (breaker.success_threshold as usize, ends.len()),
+        "slow_first_tokens" => (1, ends.len()),
+        _ => (0, 0),
     };
-    (found < least).then(|| format!("the breaker of {worker} opened at {at} by {reason} after {codes:?}"))
+    (found < least).then(|| format!("the breaker of {worker} changed at {} by {reason} after {ends:?}", span.end()))
+}
+
+/// What is known of a worker's breaker from events.
+struct Known {
+    incarnation: String,
+    state: String,
+    /// When the last transition was.
+    since: u64,
 }
 
 /// What became of one model's budget.
