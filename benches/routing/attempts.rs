@@ -26,7 +26,7 @@ pub fn timers(criterion: &mut Criterion) {
     let _entered = runtime.enter();
     let limits = Limits::new(&RequestRoutingConfig::default(), 3);
     let mut context = Context::from_waker(Waker::noop());
-    criterion.bench_function("attempt/timers", |bencher| {
+    criterion.benchmark_group("attempt").bench_function("timers", |bencher| {
         bencher.iter(|| {
             let now = Instant::now();
             let mut timers = limits.timers(Mode::Streaming, false, limits.deadline(Mode::Streaming, None, now), now);

@@ -57,6 +57,14 @@ impl Hub {
         }
     }
 
+    /// Sets right in everybody's account what the clock alone has changed until now.
+    pub(super) fn settle(&self, fleet: &Fleet, now: Instant) {
+        if self.ledger.is_due(now) {
+            self.ledger.settle();
+            fleet.workers.values().for_each(|worker| worker.settle(now));
+        }
+    }
+
     /// A worker holds the prefixes with these hashes.
     pub(super) fn learn(&self, hashes: impl IntoIterator<Item = u64>, worker: &Worker, now: Instant) {
         self.prefixes.lock().learn(hashes, worker.life, now);

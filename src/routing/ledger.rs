@@ -93,6 +93,11 @@ impl Ledger {
         self.nanos(now) >= self.due.load(Ordering::Relaxed)
     }
 
+    /// There are accounts that were not set right with the others: all are due.
+    pub(super) fn hurry(&self) {
+        self.due.store(0, Ordering::Relaxed);
+    }
+
     /// All accounts are about to be set right: each says again when it is due.
     pub(super) fn settle(&self) {
         self.due.store(u64::MAX, Ordering::Relaxed);
@@ -276,5 +281,7 @@ mod tests {
         assert!(!ledger.is_due(at(9)) && ledger.is_due(at(10)));
         ledger.settle();
         assert!(!ledger.is_due(at(10)));
+        ledger.hurry();
+        assert!(ledger.is_due(now));
     }
 }

@@ -255,6 +255,8 @@ impl Router {
         if before.version != registry.version() {
             let fleet = Fleet::new(registry.version(), registry.workers(), &before, &self.hub.ledger);
             self.hub.fleet.store(Arc::new(fleet));
+            // Whoever was not in the picture before was not set right with it.
+            self.hub.ledger.hurry();
         }
         self.hub.fleet.load()
     }
@@ -262,10 +264,7 @@ impl Router {
     /// The same, with everybody's account as it has to be at this time.
     pub(super) fn fleet_at(&self, now: Instant) -> Guard<Arc<Fleet>> {
         let fleet = self.fleet();
-        if self.hub.ledger.is_due(now) {
-            self.hub.ledger.settle();
-            fleet.workers.values().for_each(|worker| worker.settle(now));
-        }
+        self.hub.settle(&fleet, now);
         fleet
     }
 

@@ -156,6 +156,8 @@ impl Router {
     /// Who is no candidate for a query, and why; see also [`Lease::left_out`].
     #[must_use]
     pub fn left_out(&self, query: &Query<'_>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
+        // A picture of now, which the hub has from there.
+        let _fleet = self.fleet_at(now);
         self.hub().left_out(query, None, now)
     }
 
@@ -285,6 +287,7 @@ impl Hub {
     /// Who was no candidate beside the chosen worker, if one was, and why, as it looks now.
     pub(super) fn left_out(&self, query: &Query<'_>, chosen: Option<&Worker>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
         let fleet = self.fleet.load();
+        self.settle(&fleet, now);
         let model = fleet.model(query.model_id);
         let panic = model.is_some_and(|model| self.panics(&fleet, model));
         let is_chosen = |worker: &Worker| chosen.is_some_and(|chosen| chosen.life == worker.life);

@@ -245,7 +245,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(super::cases(400))]
 
     #[test]
     fn nothing_leaks_and_nobody_gets_more_than_it_can_hold(events in prop::collection::vec(event(), 1..150)) {

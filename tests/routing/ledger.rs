@@ -130,7 +130,7 @@ fn select(world: &World, leases: &mut Vec<Lease>, query: &Query<'_>) -> Result<(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(super::cases(400))]
 
     #[test]
     fn the_least_busy_candidate_is_chosen_and_nobody_is_overlooked(
@@ -189,4 +189,27 @@ fn what_the_clock_alone_changes_is_seen_at_its_time() {
     assert!(matches!(world.select(), Err(Refusal::Full)));
     world.pass(1);
     assert_eq!(world.select().unwrap().worker_id().as_str(), "w0");
+}
+
+#[test]
+fn a_worker_that_came_after_the_last_selection_is_seen_at_its_time_too() {
+    let mut world = World::of(1, 4);
+    let busy = |worker: &str, sequence| {
+        let mut report = heartbeat(worker, "1", sequence);
+        report.active_request_ids = Some((0..4).map(|number| format!("theirs-{number}")).collect());
+        report
+    };
+    let lease = world.select().unwrap();
+    world.beat(&busy("w0", 1));
+    world.pass(1_000);
+    world.join(1, 4);
+    world.beat(&busy("w1", 1));
+    // What the old picture has to be looked at for is due, and a lease looks, before the new one is made.
+    world.pass(14_000);
+    assert!(lease.left_out(&ANY, world.now).is_empty());
+    lease.end(Outcome::Success, world.now);
+    assert_eq!(world.select().unwrap().worker_id().as_str(), "w0");
+    world.beat(&busy("w0", 2));
+    world.pass(1_000);
+    assert_eq!(world.select().unwrap().worker_id().as_str(), "w1");
 }

@@ -25,6 +25,7 @@ use mlx_serving_router::wire::{
     Capacity, Feature, Heartbeat, HeartbeatMetrics, Phase, Registration, Skills, WorkerId, WorkerStatus,
 };
 use parking_lot::Mutex;
+use proptest::prelude::ProptestConfig;
 use tokio::time::Instant;
 
 const FAILURE: Outcome = Outcome::Failure(ControllerErrorCode::WorkerUnavailable);
@@ -127,6 +128,12 @@ impl World {
 }
 
 const ANY: Query<'static> = Query { model_id: "m", session_id: None, exclude: &[], worker_id: None, prompt: None };
+
+/// So many cases, or as many as `PROPTEST_CASES` says.
+fn cases(cases: u32) -> ProptestConfig {
+    let asked = std::env::var_os("PROPTEST_CASES").map(|_| ProptestConfig::default().cases);
+    ProptestConfig { cases: asked.unwrap_or(cases), failure_persistence: None, ..ProptestConfig::default() }
+}
 
 fn id(name: &str) -> WorkerId {
     WorkerId::new(name).unwrap()
