@@ -49,7 +49,7 @@ pub(super) struct Arrival {
 /// The way back of one request.
 #[derive(Clone, Debug)]
 pub(super) enum Way {
-    Nats { connection: NatsConnection, subject: String },
+    Nats { connection: Box<NatsConnection>, subject: String },
     Local(Postbox),
 }
 
@@ -228,7 +228,7 @@ impl NatsLine {
 
 /// A request; none where nobody waits for its answer.
 fn read(connection: &NatsConnection, message: Incoming) -> Option<Event> {
-    let way = Way::Nats { connection: connection.clone(), subject: message.reply.clone()? };
+    let way = Way::Nats { connection: Box::new(connection.clone()), subject: message.reply.clone()? };
     let number = |name: &str| message.header(name).and_then(|text| text.parse::<u64>().ok());
     let Ok(mut request) = serde_json::from_slice::<InferenceRequest>(&message.payload) else {
         return Some(Event::Unreadable(way));
