@@ -124,6 +124,11 @@ impl Router {
                 let refusal = || self.refusal(model, query.exclude, panic, now);
                 let settled = match refusal() {
                     Refusal::NoWorkers | Refusal::ModelNotFound => self.settled(&fleet, refusal),
+                    // The marks in the ledger follow what they mark, and may be a moment behind.
+                    Refusal::Full if model.is_some_and(|model| is_anybody_free(model, query.exclude, panic, now)) => {
+                        fleet.workers.values().for_each(|worker| worker.reconcile(now));
+                        None
+                    }
                     refusal => self.is_current(&fleet).then_some(refusal),
                 };
                 match settled {
@@ -272,6 +277,12 @@ impl Router {
             Refusal::ModelNotFound
         }
     }
+}
+
+/// Whether one of a model's workers would take a request, asked itself.
+fn is_anybody_free(model: &Model, exclude: &[WorkerId], panic: bool, now: Instant) -> bool {
+    let is_free = |worker: &Worker| worker.presence().is_some() && worker.load.has_room(now) && worker.admits(panic, now);
+    model.workers.iter().any(|worker| is_free(worker) && !exclude.contains(&worker.id))
 }
 
 // === impl Hub ===

@@ -208,6 +208,14 @@ impl Worker {
         }
     }
 
+    /// Sets right its whole account, which others may be about to do.
+    pub(super) fn reconcile(&self, now: Instant) {
+        let live = self.live();
+        self.load.account().mark(Entry::ASIDE, live.standing() != Standing::Online);
+        drop(live);
+        self.settle(now);
+    }
+
     /// The number of its presence, if it may be given a request now.
     pub(super) fn presence(&self) -> Option<u64> {
         let state = self.state.load(Ordering::Acquire);

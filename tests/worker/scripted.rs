@@ -401,7 +401,9 @@ async fn over_nats_it_answers_stalls_and_is_cancelled() {
         w.now_does(&Script::babble(how, 0));
         let error = read(&controller).await.1.unwrap_err();
         assert_eq!(error.code(), Code::WorkerUnavailable, "{how:?}");
-        assert!(error.context().contains_key("protocolError"), "{how:?}");
+        // A machine too busy to hear its own echo within a second suspects the link, and blames nobody.
+        let blamed = ["protocolError", "connectionLost"].map(|key| error.context().contains_key(key));
+        assert!(blamed.contains(&true), "{how:?}: {error:?}");
     }
 }
 
