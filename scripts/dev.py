@@ -88,7 +88,7 @@ def test(arguments: list[str]) -> int:
     ):
         rust: list[str | Path]
         if shutil.which("cargo-nextest"):
-            rust = ["cargo", "nextest", "run", *chosen, "--no-tests=pass", "--test-threads", jobs]
+            rust = ["cargo", "nextest", "run", *chosen, "--no-tests=fail", "--test-threads", jobs]
         else:
             rust = ["cargo", "test", *chosen, "--", "--test-threads", jobs]
         steps.begin(name)

@@ -19,7 +19,7 @@ use super::core::{Core, not_ready};
 use super::limits::{Deadline, Limit, Mode, timeout};
 use super::retry::Next;
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::routing::{Choice, Lease, Query, Refusal};
+use crate::routing::{Choice, Lease, Query, Refusal, Wanted};
 use crate::telemetry::{LeftOut, RequestMetadata, RequestRecord};
 use crate::transport::Outgoing;
 use crate::wire::{Finish, InferenceRequest, Json, PrefixHashes, WorkerId};
@@ -151,7 +151,16 @@ impl Call {
         if self.options.worker_id.is_some() {
             return Err(self.give_up(error));
         }
-        let delay = match self.core.next(&error, self.attempts) {
+        let next = self.core.next(&error, self.attempts);
+        // Another model is another request: that a worker no longer serves the first one is not held against it.
+        let turns = next == Next::Surface && error.code() == ControllerErrorCode::ModelNotFound && self.next_fallback().is_some();
+        let turns = turns && self.attempts < self.core.retry.attempts();
+        let affordable = || self.core.budgets.lock().affords(&self.request.model_id, error.code(), now);
+        if next != Next::Surface && !over && !affordable() {
+            return Err(self.give_up(error.with("retryBudgetExhausted", true)));
+        }
+        let delay = match next {
+            Next::Surface if turns => Duration::ZERO,
             Next::Surface => return Err(self.give_up(error)),
             Next::Exhausted => {
                 let told = ControllerError::new(
@@ -163,20 +172,23 @@ impl Call {
             Next::After(_) if over => return Err(self.give_up(error)),
             Next::After(delay) => delay,
         };
-        if self.is_nobody_left(now) {
+        if !turns && self.is_nobody_left(now) {
             // The next selection says so; there is nothing to wait for.
             self.last = Some(error);
             return Ok(());
-        }
-        if !self.core.budgets.lock().take(&self.request.model_id, error.code(), now) {
-            return Err(self.give_up(error.with("retryBudgetExhausted", true)));
         }
         if now + delay >= self.deadline.at {
             let told =
                 timeout(Limit::Total, "no time is left for another attempt; the request was not finished", self.deadline.span);
             return Err(self.give_up(told.caused_by(error)));
         }
+        if !self.core.budgets.lock().take(&self.request.model_id, error.code(), now) {
+            return Err(self.give_up(error.with("retryBudgetExhausted", true)));
+        }
         let code = error.code();
+        if turns {
+            self.turn_to_fallback(code);
+        }
         self.core.metrics.retry(code);
         let (request_id, worker_id) = (&*self.request.request_id, self.failed.last().map(|failed| failed.worker.as_str()));
         tracing::warn!(
@@ -286,7 +298,8 @@ impl Call {
                 Some(id) => Cow::Owned(format!("@{id}")),
                 None => Cow::Borrowed(self.request.model_id.as_str()),
             };
-            let refusal = if ticket.is_none() && self.core.admission.is_waiting(&line) && self.may_wait(now) {
+            let rivals = |other: &str| self.core.router.is_shared(wanted(&line), wanted(other));
+            let refusal = if ticket.is_none() && self.core.admission.is_waiting(&line, rivals) && self.may_wait(now) {
                 Refusal::Full
             } else {
                 match self.select(now) {
@@ -297,6 +310,10 @@ impl Call {
             if refusal != Refusal::Full {
                 // Whoever waits for a worker to be asked again waits for no place.
                 ticket = None;
+                if matches!(refusal, Refusal::NoHealthyWorkers { .. } | Refusal::AllTried { .. }) {
+                    let left_out = self.core.router.left_out(&self.query(&self.tried()), now);
+                    self.core.left_out.tell(&self.request.request_id, &self.request.model_id, &left_out, now);
+                }
                 if self.revisit(&refusal, now).await? {
                     continue;
                 }
@@ -307,7 +324,7 @@ impl Call {
                 None => {
                     let choosy = !self.failed.is_empty();
                     let joined = self.core.admission.join(&line, self.request.priority, choosy, self.deadline.at, now)?;
-                    joined.nudge();
+                    joined.nudge(now);
                     ticket.insert(joined)
                 }
             };
@@ -479,11 +496,18 @@ impl Call {
 
     fn tell_end(&self, code: Option<ControllerErrorCode>, now: Instant) {
         // Names that callers invent are no labels.
-        let model = (self.attempts > 0).then_some(&*self.request.model_id);
+        let model = &*self.request.model_id;
+        let is_known = self.attempts > 0 || self.core.metrics.knows_model(model) || self.core.router.serving(model) > 0;
+        let model = is_known.then_some(model);
         let duration = now.saturating_duration_since(self.started);
         self.core.metrics.request_ended(model, code, duration, self.first_token);
         self.core.ended.notify_waiters();
     }
+}
+
+/// What those who stand in a line want.
+fn wanted(line: &str) -> Wanted<'_> {
+    line.strip_prefix('@').map_or(Wanted::Model(line), Wanted::Worker)
 }
 
 /// The caller went away.

@@ -183,6 +183,7 @@ async fn tick(core: Arc<Core>) {
     loop {
         ticks.tick().await;
         core.router.expire(Instant::now());
+        core.admission.move_on(Instant::now());
     }
 }
 
@@ -194,7 +195,7 @@ async fn usher(core: Arc<Core>) {
         tokio::pin!(freed);
         freed.as_mut().enable();
         // For places that became free before this one was watched.
-        core.admission.wake();
+        core.admission.wake(Instant::now());
         freed.await;
     }
 }

@@ -117,19 +117,29 @@ impl Budgets {
         self.window(model).slice(now).0 += 1;
     }
 
+    /// Whether the cost of one retry after `code` is there.
+    pub(super) fn affords(&mut self, model: &str, code: ControllerErrorCode, now: Instant) -> bool {
+        self.cost(model, code, now).is_some()
+    }
+
     /// Takes the cost of one retry after `code`; false: it is not there. Timeouts have cost the fleet most, and count twice.
     pub(super) fn take(&mut self, model: &str, code: ControllerErrorCode, now: Instant) -> bool {
+        let cost = self.cost(model, code, now);
+        if let Some(cost) = cost {
+            self.window(model).slice(now).1 += cost;
+        }
+        cost.is_some()
+    }
+
+    /// What a retry costs, where it is there.
+    fn cost(&mut self, model: &str, code: ControllerErrorCode, now: Instant) -> Option<f64> {
         let (percent, floor) = (self.percent, self.floor);
         let cost = if code == ControllerErrorCode::WorkerTimeout { 2.0 } else { 1.0 };
         let window = self.window(model);
         window.slice(now);
         let requests: u32 = window.slices.iter().map(|(requests, _)| requests).sum();
         let spent: f64 = window.slices.iter().map(|(_, spent)| spent).sum();
-        let affordable = spent + cost <= percent * f64::from(requests) / 100.0 + floor;
-        if affordable {
-            window.slice(now).1 += cost;
-        }
-        affordable
+        (spent + cost <= percent * f64::from(requests) / 100.0 + floor).then_some(cost)
     }
 
     fn window(&mut self, model: &str) -> &mut Window {

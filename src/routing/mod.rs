@@ -42,7 +42,7 @@ pub use event::{Observer, RouterEvent};
 pub use lease::{Choice, Lease, Outcome};
 pub use registry::{HeartbeatVerdict, IgnoredBecause, Registered};
 pub use router::Router;
-pub use selection::{LeftOut, Query, Refusal};
+pub use selection::{LeftOut, Query, Refusal, Wanted};
 pub use settings::{BreakerSettings, RouterSettings};
 pub use snapshot::WorkerSnapshot;
 pub use worker::Carrier;

@@ -245,7 +245,7 @@ impl Router {
     }
 
     /// The picture of the fleet, made anew when membership has changed since the last one.
-    fn fleet(&self) -> Guard<Arc<Fleet>> {
+    pub(super) fn fleet(&self) -> Guard<Arc<Fleet>> {
         let fleet = self.hub.fleet.load();
         if self.is_current(&fleet) {
             return fleet;

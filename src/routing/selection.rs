@@ -3,6 +3,7 @@
 //! A selection reads the picture of the fleet without a lock, chooses, and then takes the place and the permit in one step
 //! each; where a racing selection was quicker it chooses again.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +32,15 @@ pub struct Query<'a> {
     pub worker_id: Option<&'a str>,
     /// What the prompt begins with; only `prefix_aware` looks at it. See [`Router::wants_prefixes`].
     pub prompt: Option<&'a PrefixHashes>,
+}
+
+/// What a request wants, as far as others may want the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted<'a> {
+    /// Anybody who serves this model.
+    Model(&'a str),
+    /// This worker.
+    Worker(&'a str),
 }
 
 /// Why nobody was chosen.
@@ -142,6 +152,32 @@ impl Router {
                 }
                 self.will_teach(&mut lease, query);
                 return Ok(lease);
+            }
+        }
+    }
+
+    /// Whether a worker may be given to either of two requests.
+    #[must_use]
+    pub fn is_shared(&self, one: Wanted<'_>, other: Wanted<'_>) -> bool {
+        let fleet = self.fleet();
+        let of = |model| fleet.model(model).map_or(&[][..], |model| &model.workers);
+        let serves = |worker: &str, model| of(model).iter().any(|serving| serving.id.as_str() == worker);
+        match (one, other) {
+            (Wanted::Worker(one), Wanted::Worker(other)) => one == other,
+            (Wanted::Worker(worker), Wanted::Model(model)) | (Wanted::Model(model), Wanted::Worker(worker)) => {
+                serves(worker, model)
+            }
+            // Both are sorted by id.
+            (Wanted::Model(one), Wanted::Model(other)) => {
+                let (mut ones, mut others) = (of(one).iter().peekable(), of(other).iter().peekable());
+                while let (Some(one), Some(other)) = (ones.peek(), others.peek()) {
+                    match one.id.cmp(&other.id) {
+                        Ordering::Less => drop(ones.next()),
+                        Ordering::Greater => drop(others.next()),
+                        Ordering::Equal => return true,
+                    }
+                }
+                false
             }
         }
     }

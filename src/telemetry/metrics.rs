@@ -269,6 +269,11 @@ impl Metrics {
         text
     }
 
+    /// Whether this model has series of its own.
+    pub fn knows_model(&self, model: &str) -> bool {
+        self.models.lock().contains(model)
+    }
+
     /// The label of a model, which has series of its own where it is served and the number of them is not used up.
     fn model(&self, model: Option<&str>) -> String {
         let Some(model) = model else {

@@ -133,3 +133,73 @@ async fn a_turn_that_comes_too_late_is_not_taken() {
     assert_eq!(waits.await.unwrap_err().code(), Code::QueueFull);
     assert_eq!(worker.asked(), 1);
 }
+
+fn of(model: &str, id: &str) -> InferenceRequest {
+    InferenceRequest { model_id: model.into(), ..named(id) }
+}
+
+/// Callers that ask for a model again and again.
+fn keep_busy(controller: &Controller, model: &'static str, callers: usize) {
+    for caller in 0..callers {
+        let controller = controller.clone();
+        tokio::spawn(async move {
+            for number in 0.. {
+                let request = of(model, &format!("{model}-{caller}-{number}"));
+                let end = controller.buffered(request, CallOptions::default()).await;
+                if end.is_err_and(|error| error.code() == Code::ControllerNotReady) {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn lines_that_want_the_same_worker_get_their_turns() {
+    for (busy, other) in [("a", "b"), ("b", "a")] {
+        for callers in [1, 3] {
+            let controller = controller(json!({})).await;
+            worker_for(&controller, &registration("w", &["a", "b"], 1), &[Wait(100), Respond("ok")]);
+            keep_busy(&controller, busy, callers);
+            sleep(Duration::from_millis(250)).await;
+            let started = tokio::time::Instant::now();
+            controller.buffered(of(other, "other"), CallOptions::default()).await.unwrap();
+            // Behind those who were there before it, and nobody else.
+            assert!(started.elapsed() <= Duration::from_millis(100 * (callers as u64 + 1)), "{:?}", started.elapsed());
+            controller.stop(Duration::ZERO).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_line_for_a_worker_by_name_gets_its_turn_too() {
+    let controller = controller(json!({})).await;
+    worker_for(&controller, &registration("w", &["a"], 1), &[Wait(100), Respond("ok")]);
+    keep_busy(&controller, "a", 3);
+    sleep(Duration::from_millis(250)).await;
+    let started = tokio::time::Instant::now();
+    let options = CallOptions { worker_id: Some("w".into()), ..CallOptions::default() };
+    controller.buffered(of("a", "by-name"), options).await.unwrap();
+    assert!(started.elapsed() <= Duration::from_millis(400), "{:?}", started.elapsed());
+    controller.stop(Duration::ZERO).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_does_not_come_round_to_look_holds_up_nobody_for_long() {
+    let controller = controller(json!({})).await;
+    worker_for(&controller, &registration("w", &["a", "b"], 1), &[Wait(100), Respond("ok")]);
+    let first = tokio::spawn({
+        let controller = controller.clone();
+        async move { controller.buffered(of("a", "first"), CallOptions::default()).await }
+    });
+    tokio::task::yield_now().await;
+    // It stands in the queue, and nobody drives it any more.
+    let mut idle = Box::pin(controller.buffered(of("a", "idle"), CallOptions::default()));
+    assert!(futures_util::poll!(&mut idle).is_pending());
+    let started = tokio::time::Instant::now();
+    controller.buffered(of("b", "second"), CallOptions::default()).await.unwrap();
+    assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
+    first.await.unwrap().unwrap();
+    idle.await.unwrap();
+    assert_at_rest(&controller);
+}

@@ -279,3 +279,25 @@ async fn turning_to_a_fallback_model_is_a_retry_that_costs_the_budget() {
     let error = buffered(&controller).await.unwrap_err();
     assert_eq!((error.code(), small.asked()), (Code::WorkerUnavailable, 0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn without_a_budget_the_attempts_own_error_surfaces_whoever_is_left() {
+    for workers in 1..=4 {
+        let controller = controller(json!({"retry": {"budgetPercent": 0, "budgetMinPerSecond": 0}})).await;
+        for number in 0..workers {
+            worker(&controller, &format!("w{number}"), &[Fail("WORKER_UNAVAILABLE")]);
+        }
+        let error = buffered(&controller).await.unwrap_err();
+        assert_eq!((error.code(), &error.context()["retryBudgetExhausted"]), (Code::WorkerUnavailable, &json!(true)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_no_longer_serves_a_model_leads_to_the_fallback() {
+    let controller = controller(json!({"fallbackModels": {"m": ["small"]}})).await;
+    worker(&controller, "w0", &[Fail("MODEL_NOT_FOUND")]);
+    worker_for(&controller, &registration("w1", &["small"], 0), &[Respond("ok")]);
+    let answer = buffered(&controller).await.unwrap();
+    assert_eq!((answer.model_id.as_str(), answer.metadata.retry_count), ("small", 1));
+    assert_at_rest(&controller);
+}

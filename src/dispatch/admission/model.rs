@@ -25,9 +25,13 @@ enum Event {
     Look(usize),
     /// One looks that is the first of its line.
     LookFirst(usize),
+    /// Whoever is asked looks.
+    LookAsked,
     /// One goes away, since it has found a place or does not want one any more.
     Leave(usize),
     Nudge(usize),
+    /// Whoever was asked long ago is passed over.
+    MoveOn,
     Pass(u64),
 }
 
@@ -40,9 +44,11 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|(line, priority, choosy, deadline)| Event::Join { line, priority, choosy, deadline }),
         4 => Just(Event::Wake),
         4 => waiter().prop_map(Event::Look),
-        6 => (0..2_usize).prop_map(Event::LookFirst),
+        3 => (0..2_usize).prop_map(Event::LookFirst),
+        8 => Just(Event::LookAsked),
         3 => waiter().prop_map(Event::Leave),
         1 => waiter().prop_map(Event::Nudge),
+        2 => Just(Event::MoveOn),
         3 => prop_oneof![0..20_u64, Just(MAX_WAIT - 1), Just(MAX_WAIT)].prop_map(Event::Pass),
     ]
 }
@@ -55,8 +61,12 @@ struct Wants {
     until: Instant,
     /// It stands in its line.
     stands: bool,
-    /// It was told that a place may be free, and has not looked since.
+    /// It is to be asked whether there is a place for it.
+    owed: bool,
+    /// It was told that it is its turn, and has not looked since.
     told: bool,
+    /// It has looked, and not said yet that there was none.
+    looks: bool,
     ticket: Ticket,
 }
 
@@ -68,9 +78,10 @@ enum Turn {
     Over,
 }
 
-/// All who want a place and have not gone away, in the order of their arrival.
+/// All who want a place and have not gone away, in the order of their arrival, and when one of them was asked that has not
+/// looked since, by the number of its arrival.
 #[derive(Default)]
-struct Model(Vec<Wants>);
+struct Model(Vec<Wants>, Option<(u64, Instant)>);
 
 impl Model {
     /// A line: by priority, and of equal ones in the order of arrival.
@@ -87,10 +98,35 @@ impl Model {
         line[..last.map_or(line.len(), |last| last + 1)].to_vec()
     }
 
-    fn tell_heads(&mut self, line: usize) {
+    fn owe_heads(&mut self, line: usize) {
         for at in self.heads(line) {
-            self.0[at].told = true;
+            self.0[at].owed = true;
         }
+    }
+
+    /// Of the heads that are owed it, the first by priority and then by arrival has its turn, unless somebody else has it for
+    /// no more than a while.
+    fn ask(&mut self, now: Instant) {
+        if self.1.is_some_and(|(_, since)| now < since + PASSED_OVER_AFTER) {
+            return;
+        }
+        self.1 = None;
+        let mut owed: Vec<_> = (0..self.0.len()).filter(|at| self.0[*at].stands && self.0[*at].owed).collect();
+        owed.sort_by_key(|at| Reverse(self.0[*at].priority));
+        for at in owed {
+            self.0[at].owed = false;
+            if self.heads(self.0[at].line).contains(&at) {
+                self.0[at].told = true;
+                self.1 = Some((self.0[at].ticket.place.1, now));
+                return;
+            }
+        }
+    }
+
+    /// One has looked in vain, or gone.
+    fn pass(&mut self, arrival: u64, now: Instant) {
+        self.1 = self.1.filter(|(asked, _)| *asked != arrival);
+        self.ask(now);
     }
 
     /// The one who gives way to a newcomer of this priority, or whether there is no room for it.
@@ -103,22 +139,44 @@ impl Model {
     }
 
     fn look(&mut self, at: usize, now: Instant) -> Turn {
-        let told = std::mem::take(&mut self.0[at].told);
-        let wants = &self.0[at];
-        if !wants.stands || now >= wants.until {
-            Turn::Over
-        } else if told && self.heads(wants.line).contains(&at) {
-            Turn::Now
-        } else {
-            Turn::NotYet
+        let arrival = self.0[at].ticket.place.1;
+        if std::mem::take(&mut self.0[at].looks) {
+            self.pass(arrival, now);
+        }
+        loop {
+            let wants = &mut self.0[at];
+            if !wants.stands {
+                return Turn::Over;
+            }
+            let told = std::mem::take(&mut wants.told);
+            if now >= wants.until {
+                return Turn::Over;
+            }
+            if !told {
+                return Turn::NotYet;
+            }
+            if self.heads(self.0[at].line).contains(&at) {
+                self.0[at].looks = true;
+                return Turn::Now;
+            }
+            self.pass(arrival, now);
         }
     }
 
     /// Takes one out, for its ticket to be dropped.
-    fn leave(&mut self, at: usize) -> Ticket {
+    fn leave(&mut self, at: usize, now: Instant) -> Ticket {
         let gone = self.0.remove(at);
-        self.tell_heads(gone.line);
+        self.1 = self.1.filter(|(asked, _)| *asked != gone.ticket.place.1);
+        self.owe_heads(gone.line);
+        self.ask(now);
         gone.ticket
+    }
+
+    /// One gives way to a newcomer.
+    fn shed(&mut self, at: usize) {
+        self.0[at].stands = false;
+        let arrival = self.0[at].ticket.place.1;
+        self.1 = self.1.filter(|(asked, _)| *asked != arrival);
     }
 }
 
@@ -148,10 +206,20 @@ fn behaves(events: Vec<Event>, seen: &Coverage) -> Result<(), TestCaseError> {
                     (Ok(ticket), Ok(shed)) => {
                         if let Some(shed) = shed {
                             seen.saw("one of a lower priority is shed");
-                            model.0[shed].stands = false;
+                            model.shed(shed);
                         }
                         let until = deadline.min(now + Duration::from_millis(MAX_WAIT));
-                        model.0.push(Wants { line, priority, choosy, until, stands: true, told: false, ticket });
+                        model.0.push(Wants {
+                            line,
+                            priority,
+                            choosy,
+                            until,
+                            stands: true,
+                            owed: false,
+                            told: false,
+                            looks: false,
+                            ticket,
+                        });
                     }
                     (Err(error), Err(())) => {
                         seen.saw("refused: the line is full");
@@ -161,13 +229,20 @@ fn behaves(events: Vec<Event>, seen: &Coverage) -> Result<(), TestCaseError> {
                 }
             }
             Event::Wake => {
-                admission.wake();
-                (0..LINES.len()).for_each(|line| model.tell_heads(line));
+                admission.wake(now);
+                if model.0.iter().any(|wants| wants.stands) {
+                    (0..LINES.len()).for_each(|line| model.owe_heads(line));
+                    model.ask(now);
+                }
             }
-            Event::Look(_) | Event::LookFirst(_) => {
+            Event::Look(_) | Event::LookFirst(_) | Event::LookAsked => {
                 let at = match event {
                     Event::Look(at) => Some(at).filter(|_| !model.0.is_empty()).map(|at| at % model.0.len()),
                     Event::LookFirst(line) => model.line(line).first().copied(),
+                    Event::LookAsked => {
+                        let asked = model.1.map(|(asked, _)| asked);
+                        model.0.iter().position(|wants| Some(wants.ticket.place.1) == asked)
+                    }
                     _ => None,
                 };
                 let Some(at) = at else { continue };
@@ -184,14 +259,21 @@ fn behaves(events: Vec<Event>, seen: &Coverage) -> Result<(), TestCaseError> {
                     Turn::Over => seen.saw("was shed"),
                 }
                 if turn == Turn::Over {
-                    drop(model.leave(at));
+                    drop(model.leave(at, now));
                 }
             }
-            Event::Leave(at) if !model.0.is_empty() => drop(model.leave(at % model.0.len())),
+            Event::MoveOn => {
+                admission.move_on(now);
+                model.ask(now);
+            }
+            Event::Leave(at) if !model.0.is_empty() => drop(model.leave(at % model.0.len(), now)),
             Event::Nudge(at) if !model.0.is_empty() => {
                 let at = at % model.0.len();
-                model.0[at].ticket.nudge();
-                model.0[at].told |= model.heads(model.0[at].line).contains(&at);
+                model.0[at].ticket.nudge(now);
+                if model.heads(model.0[at].line).contains(&at) {
+                    (0..LINES.len()).for_each(|line| model.owe_heads(line));
+                    model.ask(now);
+                }
             }
             Event::Leave(_) | Event::Nudge(_) => {}
             Event::Pass(millis) => runtime.block_on(tokio::time::advance(Duration::from_millis(millis))),

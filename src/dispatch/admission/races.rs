@@ -42,14 +42,14 @@ impl Places {
     async fn find(self: &Arc<Self>, priority: Priority, choosy: bool) -> Result<Place, ControllerError> {
         let mut ticket: Option<Ticket> = None;
         loop {
-            let may = ticket.is_some() || !self.admission.is_waiting("m");
+            let may = ticket.is_some() || !self.admission.is_waiting("m", |_| false);
             if let Some(place) = may.then(|| self.take()).flatten() {
                 return Ok(place);
             }
             if ticket.is_none() {
                 let now = Instant::now();
                 let joined = self.admission.join("m", priority, choosy, now + Duration::from_secs(3_600), now)?;
-                joined.nudge();
+                joined.nudge(now);
                 ticket = Some(joined);
             }
             if let Some(ticket) = &ticket {
@@ -65,7 +65,7 @@ impl Places {
             let freed = self.freed.notified();
             tokio::pin!(freed);
             freed.as_mut().enable();
-            self.admission.wake();
+            self.admission.wake(Instant::now());
             freed.await;
         }
     }
