@@ -153,8 +153,9 @@ impl Call {
         }
         let next = self.core.next(&error, self.attempts);
         // Another model is another request: that a worker no longer serves the first one is not held against it.
-        let turns = next == Next::Surface && error.code() == ControllerErrorCode::ModelNotFound && self.next_fallback().is_some();
-        let turns = turns && self.attempts < self.core.retry.attempts();
+        let turns = error.code() == ControllerErrorCode::ModelNotFound && self.can_turn_to_fallback(now);
+        let turns = turns && error.retry_after_ms().is_none_or(|after| after >= 0);
+        let turns = turns && next == Next::Surface && self.attempts < self.core.retry.attempts();
         let affordable = || self.core.budgets.lock().affords(&self.request.model_id, error.code(), now);
         if next != Next::Surface && !over && !affordable() {
             return Err(self.give_up(error.with("retryBudgetExhausted", true)));
@@ -446,6 +447,13 @@ impl Call {
 
     fn next_fallback(&self) -> Option<&String> {
         self.core.config.request_routing.fallback_models.get(&*self.asked_model)?.get(self.fallbacks)
+    }
+
+    /// Whether somebody may be asked for the next fallback model.
+    fn can_turn_to_fallback(&self, now: Instant) -> bool {
+        let tried = self.tried();
+        let asks = |model_id| self.core.router.has_untried(&Query { model_id, ..self.query(&tried) }, now);
+        self.next_fallback().is_some_and(|next| asks(next))
     }
 
     /// Goes on with the next fallback model, where there is one and an attempt is left.

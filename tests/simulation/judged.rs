@@ -212,7 +212,10 @@ impl<'a> Judged<'a> {
     fn may_be_retried(&self, code: Option<Code>, served: Option<&Served>) -> bool {
         let retry = &self.world.plan.config.request_routing.retry;
         let forbidden = served.is_some_and(attempts::forbids_retry) || self.met.call.worker.is_some();
-        retry.enabled && code.is_some_and(|code| retry.retry_on_errors.contains(&code)) && !forbidden
+        // A worker that does not serve the model any more leads to another model.
+        let falls_back = !self.world.plan.config.request_routing.fallback_models.is_empty();
+        let turns = code == Some(Code::ModelNotFound) && falls_back;
+        retry.enabled && code.is_some_and(|code| retry.retry_on_errors.contains(&code) || turns) && !forbidden
     }
 
     /// Nobody is asked twice, and no more are asked than allowed.
@@ -415,7 +418,7 @@ impl<'a> Judged<'a> {
             Code::WorkerTimeout if cause.is_some() => retryable && cause == Some(met),
             code if code == met => {
                 let budget = error.context().contains_key("retryBudgetExhausted");
-                !retryable || most == 1 || budget || over
+                !retryable || met == Code::ModelNotFound || most == 1 || budget || over
             }
             _ => false,
         };
