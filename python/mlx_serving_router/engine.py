@@ -37,7 +37,12 @@ EnginePhase: TypeAlias = Literal["loading", "ready", "draining"]
 
 
 class Engine(Protocol):
-    """Generates answers for one or more models."""
+    """Generates answers for one or more models.
+
+    An engine may have two attributes more, which `WorkerNode` looks for: `max_concurrent`, how many jobs it works on
+    at a time (1 where it is missing), and `features`, what it can do beyond answering: `"batch"`, several jobs at a
+    time, and `"resume"`, it heeds `EngineRequest.resume`.
+    """
 
     @property
     def models(self) -> Sequence[str]:

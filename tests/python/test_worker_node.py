@@ -185,6 +185,20 @@ async def test_an_engine_answers_in_the_order_of_the_wire(fleet: Fleet) -> None:
     assert engine.threads[0] != threading.get_ident()
 
 
+async def test_an_engine_says_what_it_can_do_and_how_much_at_a_time(fleet: Fleet) -> None:
+    class Several(Echo):
+        max_concurrent = 3
+        features = ("resume", "batch")
+
+    registrations = await fleet.listen("worker.register")
+    async with WorkerNode(Several(), config=fleet.config(), worker_id="w"):
+        registration = await heard(registrations)
+        assert registration["capacity"]["maxConcurrent"] == 3
+        assert set(registration["features"]) == {"resume", "batch", "cancel"}
+    async with WorkerNode(Several(), config=fleet.config(), worker_id="w", max_concurrent=2):
+        assert (await heard(registrations))["capacity"]["maxConcurrent"] == 2
+
+
 async def test_a_cancellation_stops_the_engine_and_frees_its_place(fleet: Fleet) -> None:
     engine = Echo()
     async with WorkerNode(engine, config=fleet.config(), worker_id="w", max_queue=1):
