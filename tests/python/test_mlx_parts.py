@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlx_serving_router._mlx_request import InvalidRequestError, Parameters, chat_messages
-from mlx_serving_router._mlx_text import IncrementalDecoder, StopMatcher
+from mlx_serving_router.mlx._request import InvalidRequestError, Parameters, chat_messages
+from mlx_serving_router.mlx._text import IncrementalDecoder, StopMatcher
 
 UNSET: dict[str, Any] = dict.fromkeys(
     [
@@ -54,7 +54,9 @@ UNSET: dict[str, Any] = dict.fromkeys(
         {"logit_bias": {"1": 101.0}},
         {"logprobs": 2},
         {"response_format": {"type": "json_object"}},
-        {"resume": {"tokenIds": [1], "text": "a"}},
+        {"resume": {"tokenIds": [100], "text": "a"}},
+        {"resume": {"tokenIds": [-1], "text": "a"}},
+        {"resume": {"tokenIds": [1], "text": None}},
     ],
     ids=str,
 )

@@ -41,6 +41,10 @@ class Parameters:
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float]
+    resumed: tuple[int, ...]
+    """Tokens of the answer that were delivered already."""
+    resumed_text: str
+    """What was shown of them."""
 
     @classmethod
     def from_request(cls, request: EngineRequest, *, default_max_tokens: int, vocabulary: int) -> Parameters:
@@ -55,8 +59,6 @@ class Parameters:
             InvalidRequestError: A value is out of its range, or asks for something that this engine cannot
                 do.
         """
-        if request.resume:
-            raise InvalidRequestError("this engine does not continue answers that another worker began")
         if request.logprobs:
             raise InvalidRequestError("this engine does not report logprobs; leave logprobs unset")
         if request.response_format and request.response_format.get("type") != "text":
@@ -65,6 +67,7 @@ class Parameters:
             )
         top_k = _integer("top_k", request.top_k, 0, low=-1)
         temperature = _number("temperature", request.temperature, 0.0, low=0.0)
+        resumed, resumed_text = _resumed(request.resume or {}, vocabulary)
         return cls(
             max_tokens=_integer("max_tokens", request.max_tokens, default_max_tokens, low=1),
             temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
@@ -81,6 +84,8 @@ class Parameters:
                 "frequency_penalty", request.frequency_penalty, 0.0, low=-2.0, high=2.0
             ),
             logit_bias=_logit_bias(request.logit_bias or {}, vocabulary),
+            resumed=resumed,
+            resumed_text=resumed_text,
         )
 
 
@@ -179,3 +184,12 @@ def _logit_bias(bias: Mapping[str, float], vocabulary: int) -> dict[int, float]:
             raise InvalidRequestError(f"the keys of logit_bias must be token ids from 0 to {vocabulary - 1}")
         checked[token] = _number("a value of logit_bias", value, 0.0, low=-100.0, high=100.0)
     return checked
+
+
+def _resumed(resume: Mapping[str, Any], vocabulary: int) -> tuple[tuple[int, ...], str]:
+    tokens, text = resume.get("tokenIds", ()), resume.get("text", "")
+    if not isinstance(tokens, list | tuple) or not isinstance(text, str):
+        raise InvalidRequestError("resume must have tokenIds, a list, and text, a string")
+    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in tokens):
+        raise InvalidRequestError(f"resume.tokenIds must be token ids from 0 to {vocabulary - 1}")
+    return tuple(tokens), text
