@@ -57,6 +57,15 @@ class Call(Awaitable[Any]):
 
 # === request.rs ===
 
+def prefix_hashes(
+    model_id: str, *, prompt: str | None = None, messages: Sequence[Mapping[str, Any]] | None = None
+) -> list[str]:
+    """The hashes of the prefixes of a prompt, as docs/prefix-hashes.md defines them, the shortest first.
+
+    Raises:
+        ValueError: Something that JSON has no word for.
+    """
+
 @final
 class InferenceRequest:
     """What is asked of a model. What is not set is left to the worker.
@@ -984,8 +993,15 @@ class JobQueue:
         *,
         loaded_models: Sequence[str] = ...,
         loading_models: Sequence[str] = ...,
+        cached_prefixes: Sequence[str] | None = None,
     ) -> None:
-        """What heartbeats say from now on. The first `ready` lets the worker register."""
+        """What heartbeats say from now on. The first `ready` lets the worker register.
+
+        `cached_prefixes` that are left out stay as they are.
+
+        Raises:
+            ValueError: `phase` is none, or a prefix is no hash, or there are more than 256.
+        """
 
 @final
 class Job:
@@ -1003,8 +1019,18 @@ class Job:
     @property
     def has_room(self) -> bool:
         """Whether the answer goes out as fast as it comes."""
-    def token(self, text: str, token_ids: Sequence[int] = ...) -> None:
-        """Deliver a piece of the answer. One that nobody takes off holds up the engine, for a second at most."""
+    def token(
+        self,
+        text: str,
+        token_ids: Sequence[int] = ...,
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+        wait: bool = True,
+    ) -> None:
+        """Deliver a piece of the answer.
+
+        With `wait`, one that nobody takes off holds up the engine, for a second at most.
+        """
 
     def event(self, event: TokenEvent) -> None:
         """Deliver a piece of the answer, without waiting: the caller looks at `has_room` and awaits `room`."""

@@ -86,7 +86,12 @@ class JobQueue(Protocol):
         ...
 
     def report(
-        self, phase: EnginePhase, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()
+        self,
+        phase: EnginePhase,
+        *,
+        loaded_models: Sequence[str] = (),
+        loading_models: Sequence[str] = (),
+        cached_prefixes: Sequence[str] | None = None,
     ) -> None:
         """Tell the runtime what heartbeats are to say from now on.
 
@@ -94,6 +99,9 @@ class JobQueue(Protocol):
             phase: The first `"ready"` lets the worker register and take requests.
             loaded_models: Names from `Engine.models` that can answer at once.
             loading_models: Names being loaded: controllers allow requests for them more time.
+            cached_prefixes: Which prompts the engine could continue from its caches, as the hashes of
+                docs/prefix-hashes.md, at most 256. The next heartbeat has them: there is none for their sake alone.
+                `None` leaves them as they are.
         """
         ...
 
@@ -125,13 +133,24 @@ class Job(Protocol):
         """
         ...
 
-    def token(self, text: str, token_ids: Sequence[int] = ()) -> None:
+    def token(
+        self,
+        text: str,
+        token_ids: Sequence[int] = (),
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+        wait: bool = True,
+    ) -> None:
         """Deliver a piece of the answer.
 
         Args:
             text: May be empty, where tokens have no text yet (half a character) or none at all.
             token_ids: The tokens of this piece. Each generated token is given exactly once, in order: the
                 runtime counts the indexes of the stream by them.
+            logprobs: Of the tokens of this piece, in the shape of the OpenAI API's chat completions.
+            wait: A piece that nobody takes off holds up the engine, for a second at most. An engine that works on
+                several jobs does not want that: without it, an answer that grows too far beyond what is taken off
+                ends with an error.
         """
         ...
 
@@ -253,7 +272,10 @@ class EngineRequest(Protocol):
 
     @property
     def logprobs(self) -> int | None:
-        """How many alternatives of each token to report with their log probabilities; 0 for none."""
+        """How many alternatives to report for each token, beside the log probability of the token itself.
+
+        0: the token's own alone. `None`: nothing is asked for.
+        """
         ...
 
     @property

@@ -12,7 +12,7 @@ use super::answer::PyTokenEvent;
 use super::request::PyInferenceRequest;
 use super::runtime::OfProcess;
 use super::{bridge, json};
-use crate::wire::{Finish, FinishReason, Phase, Usage};
+use crate::wire::{Finish, FinishReason, MOST_CACHED_PREFIXES, Phase, PrefixHashes, Usage};
 use crate::worker::{Job, JobQueue};
 
 /// How often a thread that waits for a job looks for signals.
@@ -69,14 +69,31 @@ impl PyJobQueue {
         })
     }
 
-    /// What heartbeats say from now on. The first `ready` lets the worker register.
-    #[pyo3(signature = (phase, *, loaded_models=Vec::new(), loading_models=Vec::new()))]
-    fn report(&self, phase: &str, loaded_models: Vec<String>, loading_models: Vec<String>) -> PyResult<()> {
+    /// What heartbeats say from now on. The first `ready` lets the worker register. `cached_prefixes` that are left out stay
+    /// as they are.
+    #[pyo3(signature = (phase, *, loaded_models=Vec::new(), loading_models=Vec::new(), cached_prefixes=None))]
+    fn report(
+        &self,
+        phase: &str,
+        loaded_models: Vec<String>,
+        loading_models: Vec<String>,
+        cached_prefixes: Option<Vec<String>>,
+    ) -> PyResult<()> {
         let known = [Phase::Loading, Phase::Ready, Phase::Draining].into_iter().find(|known| known.as_str() == phase);
         let Some(known) = known else {
             return Err(PyValueError::new_err(format!("phase is {phase:?}; 'loading', 'ready' or 'draining' is right")));
         };
-        self.0.get()?.report(known, loaded_models, loading_models);
+        let jobs = self.0.get()?;
+        if let Some(prefixes) = cached_prefixes {
+            if prefixes.len() > MOST_CACHED_PREFIXES || prefixes.iter().any(|text| PrefixHashes::parse(text).is_none()) {
+                return Err(PyValueError::new_err(format!(
+                    "cached_prefixes has {} entries; at most {MOST_CACHED_PREFIXES} are right, each of sixteen hexadecimal digits",
+                    prefixes.len()
+                )));
+            }
+            jobs.hold(prefixes);
+        }
+        jobs.report(known, loaded_models, loading_models);
         Ok(())
     }
 }
@@ -116,12 +133,20 @@ impl PyJob {
         Ok(self.job.get()?.has_room())
     }
 
-    /// Delivers a piece of the answer. One that nobody takes off holds up the engine, for a second at most.
-    #[pyo3(signature = (text, token_ids=Vec::new()))]
-    fn token(&self, py: Python<'_>, text: &Bound<'_, PyString>, token_ids: Vec<u32>) -> PyResult<()> {
+    /// Delivers a piece of the answer. With `wait`, one that nobody takes off holds up the engine, for a second at most.
+    #[pyo3(signature = (text, token_ids=Vec::new(), *, logprobs=None, wait=true))]
+    fn token(
+        &self,
+        py: Python<'_>,
+        text: &Bound<'_, PyString>,
+        token_ids: Vec<u32>,
+        logprobs: Option<&Bound<'_, PyAny>>,
+        wait: bool,
+    ) -> PyResult<()> {
         let job = self.job.get()?;
-        job.token(&text.to_string_lossy(), &token_ids, None);
-        if !job.has_room() {
+        let logprobs = logprobs.map(|logprobs| json::passed_on("logprobs", logprobs)).transpose()?;
+        job.token(&text.to_string_lossy(), &token_ids, logprobs);
+        if wait && !job.has_room() {
             py.detach(|| job.wait_for_room(ROOM_WITHIN));
         }
         Ok(())

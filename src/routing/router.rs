@@ -21,7 +21,7 @@ use super::settings::RouterSettings;
 use super::snapshot::WorkerSnapshot;
 use super::worker::{Carrier, Worker};
 use crate::config::Strategy;
-use crate::wire::{Heartbeat, PrefixHashes, Registration, WorkerId};
+use crate::wire::{Heartbeat, MOST_CACHED_PREFIXES, PrefixHashes, Registration, WorkerId};
 
 /// The deciding core: who is in the fleet, and who gets a request.
 pub struct Router {
@@ -42,9 +42,6 @@ pub struct Router {
     capacity_freed: Notify,
     membership: watch::Sender<usize>,
 }
-
-/// What a heartbeat names beyond this is ignored.
-const MOST_CACHED_PREFIXES: usize = 256;
 
 // === impl Router ===
 

@@ -60,6 +60,15 @@ impl JobQueue {
         });
     }
 
+    /// Which prompts the engine's caches hold, as hashes of [`PrefixHashes`](crate::wire::PrefixHashes): heartbeats say so from the next one
+    /// on. They change with every answer, so that they call for no heartbeat of their own.
+    pub fn hold(&self, prefixes: Vec<String>) {
+        self.0.board.send_if_modified(|board| {
+            board.cached = prefixes.into();
+            false
+        });
+    }
+
     /// The engine has ended, with an error where there is one: nobody will take jobs any more.
     pub fn engine_ended(&self, error: Option<String>) {
         self.0.board.send_modify(|board| {

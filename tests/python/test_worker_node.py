@@ -199,6 +199,31 @@ async def test_an_engine_says_what_it_can_do_and_how_much_at_a_time(fleet: Fleet
         assert (await heard(registrations))["capacity"]["maxConcurrent"] == 2
 
 
+async def test_an_engine_tells_log_probabilities_and_what_it_holds(fleet: Fleet) -> None:
+    class Telling(Echo):
+        def run(self, jobs: JobQueue) -> None:
+            jobs.report("ready", loaded_models=self.models)
+            with pytest.raises(ValueError, match="sixteen"):
+                jobs.report("ready", cached_prefixes=["short"])
+            while (job := jobs.get()) is not None:
+                entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
+                job.token("a", [1], logprobs={"content": [entry]}, wait=False)
+                jobs.report("ready", loaded_models=self.models, cached_prefixes=["0123456789abcdef"])
+                job.done()
+                jobs.report("ready", loaded_models=self.models)
+
+    heartbeats = await fleet.listen("worker.heartbeat")
+    async with WorkerNode(Telling(), config=fleet.config(heartbeat_interval_ms=100), worker_id="w"):
+        assert (await heard(heartbeats))["cachedPrefixes"] == []
+        _, token, _ = await (await fleet.ask("w")).rest()
+        assert token["logprobs"]["content"][0]["logprob"] == -0.5
+        buffered = (await (await fleet.ask("w", stream=False)).rest())[-1]
+        assert buffered["logprobs"] == token["logprobs"]
+        while (heartbeat := await heard(heartbeats))["cachedPrefixes"] == []:
+            pass
+        assert heartbeat["cachedPrefixes"] == ["0123456789abcdef"]
+
+
 async def test_a_cancellation_stops_the_engine_and_frees_its_place(fleet: Fleet) -> None:
     engine = Echo()
     async with WorkerNode(engine, config=fleet.config(), worker_id="w", max_queue=1):
