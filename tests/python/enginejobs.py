@@ -52,11 +52,21 @@ class FakeJob:
     attempt: int = 1
     cancelled: bool = False
     pieces: list[tuple[str, list[int]]] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
     end: SimpleNamespace | None = None
 
-    def token(self, text: str, token_ids: Sequence[int] = ()) -> None:
+    def token(
+        self,
+        text: str,
+        token_ids: Sequence[int] = (),
+        *,
+        logprobs: Any = None,
+        wait: bool = True,
+    ) -> None:
         assert self.end is None
+        assert not wait, "one job is not to hold up the others"
         self.pieces.append((text, list(token_ids)))
+        self.logprobs += [] if logprobs is None else logprobs["content"]
         self.on_token(self)
 
     def done(self, finish_reason: str = "stop", **usage: Any) -> None:
@@ -85,6 +95,7 @@ class FakeQueue:
         self._idle = False
         self.closed = False
         self.reports: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+        self.cached_prefixes: list[str] = []
         self.ready = threading.Event()
 
     def get(self, timeout: float | None = None) -> FakeJob | None:
@@ -107,9 +118,18 @@ class FakeQueue:
             assert self._changed.wait_for(lambda: self._idle, PATIENCE), "the engine does not come to an end"
 
     def report(
-        self, phase: str, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()
+        self,
+        phase: str,
+        *,
+        loaded_models: Sequence[str] = (),
+        loading_models: Sequence[str] = (),
+        cached_prefixes: Sequence[str] | None = None,
     ) -> None:
-        self.reports.append((phase, tuple(loaded_models), tuple(loading_models)))
+        report = (phase, tuple(loaded_models), tuple(loading_models))
+        if report not in self.reports[-1:]:
+            self.reports.append(report)
+        if cached_prefixes is not None:
+            self.cached_prefixes = list(cached_prefixes)
         if phase == "ready":
             self.ready.set()
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("mlx_lm")
 
+from mlx_serving_router._native import prefix_hashes
 from mlx_serving_router.mlx._cache import PromptCaches
 
 pytestmark = pytest.mark.model
@@ -233,7 +234,7 @@ def test_caches_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None
     made: list[PromptCaches] = []
 
     class Watched(PromptCaches):
-        most = 0
+        most = kept = 0
 
         def __init__(self, limit: int) -> None:
             super().__init__(limit)
@@ -242,6 +243,7 @@ def test_caches_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None
         def put(self, *args: Any) -> None:
             super().put(*args)
             self.most = max(self.most, self.nbytes)
+            self.kept = len(self)
 
     from mlx_serving_router.mlx import _engine
 
@@ -255,7 +257,7 @@ def test_caches_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None
     engine.stop()
     nothing.stop()
     assert limit // 2 < made[0].most <= limit
-    assert 1 < len(made[0]) < 20
+    assert 1 < made[0].kept < 20
     assert [one.end.cached_tokens for one in again] == [0, 0]
 
 
@@ -274,3 +276,28 @@ def test_a_kept_cache_does_not_hold_on_to_its_batch(monkeypatch: pytest.MonkeyPa
     engine.ask_all(job("Tell me a story.", max_tokens=number) for number in (5, 50, 100))
     engine.stop()
     assert longer_than_its_tokens == [0] * 6
+
+
+def test_heartbeats_may_tell_what_is_held(engine: Running) -> None:
+    system = {
+        "role": "system",
+        "content": "You answer in one short sentence, and say so when you do not know. " * 6,
+    }
+    first = engine.ask(messages=[system, {"role": "user", "content": "What do bees make?"}])
+    told = engine.jobs.cached_prefixes
+    turn = [
+        system,
+        {"role": "user", "content": "What do bees make?"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "Who wrote Hamlet?"},
+    ]
+    of_next_turn = prefix_hashes("tiny", messages=turn)
+    assert of_next_turn[0] in told
+    assert told == prefix_hashes("tiny", messages=turn[:3])[::-1]
+    for number in range(5):
+        engine.ask(prompt=f"{number} " * 300, max_tokens=2)
+    assert len(engine.jobs.cached_prefixes) > len(told)
+    assert set(told) <= set(engine.jobs.cached_prefixes)
+    engine.jobs.cached_prefixes.clear()
+    engine.ask(messages=[], model_id="tiny")
+    assert engine.jobs.cached_prefixes == [], "nothing has changed, nothing is told"

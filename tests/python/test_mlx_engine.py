@@ -178,6 +178,35 @@ def test_no_temperature_is_greedy(engine: Running, temperature: float) -> None:
     assert job.text == "The capital of France is Paris."
 
 
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"question": "What is the capital of France?"},
+        {"question": "Show me some Unicode."},
+        {"question": "Tell me a story.", "stop": ["stood"]},
+        {"question": "Count to ten.", "temperature": 2.0, "seed": 4},
+        {"prompt": "The capital of France", "max_tokens": 10},
+    ],
+    ids=str,
+)
+def test_reports_log_probabilities_of_every_token(engine: Running, asked: dict[str, Any]) -> None:
+    job = engine.ask(**asked, logprobs=3)
+    assert job.token_ids == engine.ask(**asked).token_ids
+    assert len(job.logprobs) == len(job.token_ids)
+    for entry in job.logprobs:
+        values = [other["logprob"] for other in entry["top_logprobs"]]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert entry["logprob"] <= values[0] <= 0
+        if "temperature" not in asked:
+            assert entry["token"] == entry["top_logprobs"][0]["token"]
+        if entry["bytes"] is not None:
+            assert bytes(entry["bytes"]).decode() == entry["token"]
+    assert engine.ask(**asked, logprobs=0).logprobs[0] == job.logprobs[0] | {"top_logprobs": []}
+    assert engine.ask(**asked).logprobs == []
+
+
 # === failure and cancellation ===
 
 

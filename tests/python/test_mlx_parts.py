@@ -52,7 +52,8 @@ UNSET: dict[str, Any] = dict.fromkeys(
         {"logit_bias": {"-1": 1.0}},
         {"logit_bias": {"a": 1.0}},
         {"logit_bias": {"1": 101.0}},
-        {"logprobs": 2},
+        {"logprobs": 21},
+        {"logprobs": -1},
         {"response_format": {"type": "json_object"}},
         {"resume": {"tokenIds": [100], "text": "a"}},
         {"resume": {"tokenIds": [-1], "text": "a"}},
@@ -69,7 +70,6 @@ def test_parameters_have_defaults_and_neutral_values() -> None:
     neutral = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
     neutral |= {
         "logit_bias": {},
-        "logprobs": 0,
         "stop": [],
         "response_format": {"type": "text"},
         "temperature": 0,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import traceback
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from mlx_serving_router._native import prefix_hashes
+from mlx_serving_router.mlx._logprobs import token_logprob
 from mlx_serving_router.mlx._prompt import offered_tools
 from mlx_serving_router.mlx._request import InvalidRequestError
 from mlx_serving_router.mlx._text import IncrementalDecoder, StopMatcher
@@ -44,6 +46,7 @@ class Answer:
 
     def __init__(self, job: Job, model: LoadedModel, prompt: list[int], parameters: Parameters) -> None:
         request = job.request
+        chat = request.prompt is None
         self.job = job
         self.parameters = parameters
         self.cached = 0
@@ -54,14 +57,13 @@ class Answer:
         self.left = min(parameters.max_tokens, model.context - len(prompt)) - len(parameters.resumed)
         """At most so many tokens are to come."""
         # A plain prompt is continued, leading space and all; an answer to messages is a text of its own.
-        self._decoder = IncrementalDecoder(
-            model.decode, prompt[-_DECODER_CONTEXT:] if request.messages is None else ()
-        )
+        self._decoder = IncrementalDecoder(model.decode, () if chat else prompt[-_DECODER_CONTEXT:])
         self._matcher = StopMatcher(parameters.stop)
-        chat = request.messages is not None
         self._calls = ToolCallReader.of(model.tokenizer, offered_tools(request)) if chat else None
         self._generated = 0
         self._undelivered: list[int] = []
+        self._logprobs: list[dict[str, Any]] = []  # of the tokens that are undelivered
+        self._decode = model.decode
         self._shown: list[str] = []
         self._ends = model.end_tokens
         self._owed = ""  # text of resumed tokens that was not shown yet
@@ -83,10 +85,25 @@ class Answer:
             return False
         return True
 
-    def push(self, token: int) -> bool:
-        """Take a token. True: it completes a stop string, and the answer wants no other."""
+    def prefixes(self) -> list[str]:
+        """The hashes of what was asked and answered: the next turn begins with both."""
+        request = self.job.request
+        if request.prompt is not None:
+            return prefix_hashes(request.model_id, prompt=request.prompt + self.text)
+        answer = {"role": "assistant", "content": self.text}
+        return prefix_hashes(request.model_id, messages=[*(request.messages or ()), answer])
+
+    def push(self, token: int, logprobs: Any) -> bool:
+        """Take a token. True: it completes a stop string, and the answer wants no other.
+
+        Args:
+            token: The token.
+            logprobs: What it was drawn from.
+        """
         self._generated += 1
         self._undelivered.append(token)
+        if self.parameters.logprobs is not None:
+            self._logprobs.append(token_logprob(self._decode, token, logprobs, self.parameters.logprobs))
         text = self._read(token)
         if text or len(self._undelivered) >= _SILENT_TOKENS:
             self._deliver(text)
@@ -133,7 +150,12 @@ class Answer:
             text, self._ahead = text[self._ahead :], max(0, self._ahead - len(text))
         if text or self._undelivered:
             self._shown.append(text)
-            self.job.token(text, self._undelivered)
+            # Waiting for whoever reads slowly would hold up all the others.
+            if self._logprobs:
+                self.job.token(text, self._undelivered, logprobs={"content": self._logprobs}, wait=False)
+                self._logprobs = []
+            else:
+                self.job.token(text, self._undelivered, wait=False)
             self._undelivered = []
 
     def _resume(self, tokens: tuple[int, ...], shown: str) -> None:

@@ -116,7 +116,7 @@ class Batch:
         over = False
         try:
             if not answer.is_end(response.token):
-                over = answer.push(response.token)
+                over = answer.push(response.token, response.logprobs)
             if over or response.finish_reason is not None:
                 answer.finish(response.finish_reason or "stop")
         except Exception as error:  # noqa: BLE001 a tokenizer may raise anything
@@ -146,12 +146,12 @@ class Batch:
     def _keep(self, answer: Answer, tokens: list[int], cache: list[Any]) -> None:
         import mlx.core as mx
 
-        if len(tokens) <= answer.cached:  # nothing was computed
+        if len(tokens) <= answer.cached or not self._caches.limit:  # nothing was computed, or nothing is kept
             return
         try:
             with mx.stream(self._generator.stream):
                 mx.eval([each.state for each in cache])  # else it holds on to the whole batch
-            self._caches.put(self._model.name, tokens, cache)
+            self._caches.put(self._model.name, tokens, cache, answer.prefixes())
         except Exception:  # a cache is a help, and its loss nobody's failure
             logger.exception("what was computed for a request of model %s is not kept", self._model.name)
 

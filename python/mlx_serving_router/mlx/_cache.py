@@ -40,7 +40,7 @@ class PromptCaches:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._entries: OrderedDict[tuple[str, bytes], _Entry] = OrderedDict()  # the one used last is last
         self._keys: dict[str, list[bytes]] = {}
         self._nbytes = 0
@@ -97,7 +97,7 @@ class PromptCaches:
             trimmable=can_trim_prompt_cache(cache),
             prefixes=tuple(prefixes),
         )
-        if not key or entry.nbytes > self._limit:
+        if not key or entry.nbytes > self.limit:
             return
         keys = self._keys.setdefault(model, [])
         at = bisect_right(keys, key)
@@ -112,7 +112,7 @@ class PromptCaches:
         self._entries[model, key] = entry
         self._nbytes += entry.nbytes
         self.version += 1
-        self.shrink(self._limit)
+        self.shrink(self.limit)
 
     def shrink(self, nbytes: int) -> None:
         """Drop those used least recently until the rest takes no more than so many bytes."""

@@ -9,8 +9,8 @@ protocol).
 from __future__ import annotations
 
 import importlib
-import logging
 import os
+import time
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving_router.mlx._answer import Answer, fail
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from mlx_serving_router.engine import EnginePhase, Job, JobQueue
     from mlx_serving_router.mlx._models import LoadedModel, Location
 
-logger = logging.getLogger(__name__)
+#: Seconds between two reports of what the caches hold, while there is work; and how many hashes a heartbeat has.
+_TELL_EVERY: Final = 1.0
+_MOST_PREFIXES: Final = 256
 
 
 class MlxEngine:
@@ -123,49 +125,101 @@ class MlxEngine:
         mx.random.seed(int.from_bytes(os.urandom(8), "big"))
         wired_limit = maybe_set_recommended_wired_limit()
         models = Models(self._locations)
-        batches: dict[str, Batch] = {}
+        service = _Service(
+            jobs,
+            models,
+            max_concurrent=self._max_concurrent,
+            max_tokens=self._max_tokens,
+            prefill_step_size=self._prefill_step_size,
+            prompt_cache_bytes=self._prompt_cache_bytes,
+        )
         try:
+            self._phase = "loading"
             for _ in models.load_all():
-                self._report(jobs, "loading", models)
-            self._report(jobs, "ready", models)
-            self._serve(jobs, models, batches)
+                jobs.report("loading", loaded_models=models.loaded, loading_models=models.missing)
+            self._phase = "ready"
+            service.serve()
         finally:
             self._phase = None
-            for batch in batches.values():
-                batch.close()
-            batches.clear()
+            service.close()
             models.close()
             mx.synchronize()
             mx.clear_cache()
             if wired_limit is not None:
                 mx.set_wired_limit(wired_limit)
 
-    def _report(self, jobs: JobQueue, phase: EnginePhase, models: Models) -> None:
-        self._phase = phase
-        jobs.report(phase, loaded_models=models.loaded, loading_models=models.missing)
+    def __repr__(self) -> str:
+        places = {name: os.fspath(location) for name, location in self._locations.items()}
+        return f"MlxEngine({places!r}, max_tokens={self._max_tokens}, phase={self._phase!r})"
 
-    def _serve(self, jobs: JobQueue, models: Models, batches: dict[str, Batch]) -> None:
-        """Steps, one after the other: who is gone leaves, who waits joins, and everybody gets on by a token."""
-        caches = PromptCaches(self._prompt_cache_bytes)
+
+class _Service:
+    """The life of an engine between its models being loaded and its queue being closed."""
+
+    def __init__(
+        self,
+        jobs: JobQueue,
+        models: Models,
+        *,
+        max_concurrent: int,
+        max_tokens: int,
+        prefill_step_size: int,
+        prompt_cache_bytes: int,
+    ) -> None:
+        self._jobs = jobs
+        self._models = models
+        self._max_concurrent = max_concurrent
+        self._max_tokens = max_tokens
+        self._prefill_step_size = prefill_step_size
+        self._caches = PromptCaches(prompt_cache_bytes)
+        self._batches: dict[str, Batch] = {}
+        self._told = (-1, 0.0)  # the caches that were told of last, and when
+
+    def serve(self) -> None:
+        """Steps, one after the other: who is gone leaves, who waits joins, everybody gets on by a token."""
         active = 0
-        while active > 0 or not jobs.closed:
+        while active > 0 or not self._jobs.closed:
+            self._tell(at_once=active == 0)
             # Without work it waits here; with some it only looks.
-            while active < self._max_concurrent and (job := jobs.get(None if active == 0 else 0)) is not None:
-                self._admit(job, models, batches, caches)
+            while (
+                active < self._max_concurrent
+                and (job := self._jobs.get(None if active == 0 else 0)) is not None
+            ):
+                self._admit(job)
                 del job  # a job is over when nobody holds it; the next one may be long in coming
-                active = sum(map(len, batches.values()))
-            for batch in batches.values():
+                active = sum(map(len, self._batches.values()))
+            for batch in self._batches.values():
                 batch.step()
                 batch.drop_cancelled()
-            active = sum(map(len, batches.values()))
+            active = sum(map(len, self._batches.values()))
 
-    def _admit(self, job: Job, models: Models, batches: dict[str, Batch], caches: PromptCaches) -> None:
+    def close(self) -> None:
+        """Let go of everything that was computed."""
+        for batch in self._batches.values():
+            batch.close()
+        self._batches.clear()
+        self._caches.shrink(0)
+
+    def _tell(self, *, at_once: bool) -> None:
+        """Report what the caches hold, where that has changed: now, or as often as heartbeats are worth it."""
+        version, when = self._told
+        if version == self._caches.version or not (at_once or time.monotonic() - when > _TELL_EVERY):
+            return
+        self._told = (self._caches.version, time.monotonic())
+        self._jobs.report(
+            "ready",
+            loaded_models=self._models.loaded,
+            loading_models=self._models.missing,
+            cached_prefixes=self._caches.prefixes(_MOST_PREFIXES),
+        )
+
+    def _admit(self, job: Job) -> None:
         """Let a job join. Whatever goes wrong ends this job alone."""
         if job.cancelled:
             return
-        model = models.get(job.request.model_id)
+        model = self._models.get(job.request.model_id)
         if model is None:
-            job.error("MODEL_NOT_FOUND", f"this worker serves {', '.join(models.loaded)}")
+            job.error("MODEL_NOT_FOUND", f"this worker serves {', '.join(self._models.loaded)}")
             return
         try:
             answer = self._answer(job, model)
@@ -176,13 +230,8 @@ class MlxEngine:
             # Its words may quote the prompt.
             fail(job, error, type(error).__name__)
             return
-        if answer is None:
-            return
-        if model.name not in batches:
-            batches[model.name] = Batch(
-                model, caches, size=self._max_concurrent, prefill_step_size=self._prefill_step_size
-            )
-        batches[model.name].add(answer)
+        if answer is not None:
+            self._batch(model).add(answer)
 
     def _answer(self, job: Job, model: LoadedModel) -> Answer | None:
         """The answer to a job, begun; none where it is over at once."""
@@ -192,6 +241,9 @@ class MlxEngine:
         answer = Answer(job, model, prompt_tokens(model, job.request), parameters)
         return answer if answer.begin() else None
 
-    def __repr__(self) -> str:
-        places = {name: os.fspath(location) for name, location in self._locations.items()}
-        return f"MlxEngine({places!r}, max_tokens={self._max_tokens}, phase={self._phase!r})"
+    def _batch(self, model: LoadedModel) -> Batch:
+        if model.name not in self._batches:
+            self._batches[model.name] = Batch(
+                model, self._caches, size=self._max_concurrent, prefill_step_size=self._prefill_step_size
+            )
+        return self._batches[model.name]

@@ -6,7 +6,7 @@ vocabulary. Refuses with `InvalidRequestError` what cannot become such a prompt,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlx_serving_router.mlx._request import InvalidRequestError, chat_messages
@@ -22,15 +22,16 @@ def prompt_tokens(model: LoadedModel, request: EngineRequest) -> list[int]:
     Raises:
         InvalidRequestError: There is nothing to continue, or it does not fit.
     """
-    if (request.messages is None) == (request.prompt is None):
+    messages, prompt = request.messages, request.prompt
+    if (messages is None) == (prompt is None):
         raise InvalidRequestError("exactly one of messages and prompt must be set")
     tokenizer = model.tokenizer
-    if request.messages is not None:
-        ids = tokenizer.encode(_rendered(model, request), add_special_tokens=False)
+    if prompt is None:
+        text = _rendered(model, messages or (), offered_tools(request))
+        ids = tokenizer.encode(text, add_special_tokens=False)
     else:
-        text = request.prompt or ""
         bos = tokenizer.bos_token
-        ids = tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
+        ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
     if not ids:
         raise InvalidRequestError("the prompt must not be empty")
     if len(ids) >= model.context:
@@ -66,19 +67,17 @@ def offered_tools(request: EngineRequest) -> list[dict[str, Any]]:
     return tools
 
 
-def _rendered(model: LoadedModel, request: EngineRequest) -> str:
+def _rendered(model: LoadedModel, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]]) -> str:
     from jinja2 import TemplateError
 
-    messages = chat_messages(request.messages or ())
+    ready = chat_messages(messages)
     if not model.tokenizer.has_chat_template:
         raise InvalidRequestError("this model has no chat template: send prompt instead of messages")
     try:
         text: str = model.tokenizer.apply_chat_template(
-            messages, tools=offered_tools(request) or None, add_generation_prompt=True, tokenize=False
+            ready, tools=tools or None, add_generation_prompt=True, tokenize=False
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        if isinstance(error, InvalidRequestError):
-            raise
         # Templates raise for what they do not support; their words are the template's author's.
         raise InvalidRequestError(
             "the model's chat template does not accept these messages or tools"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_SEED: Final = 2**64
 """Seeds are taken modulo this: mlx's generator takes 64 bits, and a negative seed is as good as another."""
 
+_MOST_ALTERNATIVES: Final = 20  # the OpenAI API's
 _GREEDY_BELOW: Final = 1e-5  # a lower temperature would overflow float32 logits; it means greedy anyway
 
 
@@ -41,6 +42,8 @@ class Parameters:
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float]
+    logprobs: int | None
+    """How many alternatives to report beside each token's own; `None` for no report."""
     resumed: tuple[int, ...]
     """Tokens of the answer that were delivered already."""
     resumed_text: str
@@ -59,8 +62,6 @@ class Parameters:
             InvalidRequestError: A value is out of its range, or asks for something that this engine cannot
                 do.
         """
-        if request.logprobs:
-            raise InvalidRequestError("this engine does not report logprobs; leave logprobs unset")
         if request.response_format and request.response_format.get("type") != "text":
             raise InvalidRequestError(
                 "this engine does not constrain its answers; the only response_format is text"
@@ -84,6 +85,7 @@ class Parameters:
                 "frequency_penalty", request.frequency_penalty, 0.0, low=-2.0, high=2.0
             ),
             logit_bias=_logit_bias(request.logit_bias or {}, vocabulary),
+            logprobs=_logprobs(request.logprobs, vocabulary),
             resumed=resumed,
             resumed_text=resumed_text,
         )
@@ -184,6 +186,15 @@ def _logit_bias(bias: Mapping[str, float], vocabulary: int) -> dict[int, float]:
             raise InvalidRequestError(f"the keys of logit_bias must be token ids from 0 to {vocabulary - 1}")
         checked[token] = _number("a value of logit_bias", value, 0.0, low=-100.0, high=100.0)
     return checked
+
+
+def _logprobs(wanted: Any, vocabulary: int) -> int | None:
+    if wanted is None:
+        return None
+    most = min(_MOST_ALTERNATIVES, vocabulary)
+    if _integer("logprobs", wanted, 0, low=0) > most:
+        raise InvalidRequestError(f"logprobs must be at most {most}")
+    return int(wanted)
 
 
 def _resumed(resume: Mapping[str, Any], vocabulary: int) -> tuple[tuple[int, ...], str]:

@@ -67,6 +67,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The text that can no longer become part of a stop string. Sets `stopped` when one is complete."""
+        if not self._stops:
+            return text
         held = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if matches:
