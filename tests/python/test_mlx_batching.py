@@ -342,6 +342,73 @@ def test_a_batch_that_breaks_ends_its_requests_and_is_built_anew(
     assert engine.ask("Count to ten.").text == alone["Count to ten."].text
 
 
+def test_the_wired_limit_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Apple silicon, where mlx-lm's generators set it as well and put back what they found."""
+    import sys
+
+    import mlx.core as mx
+    import mlx_lm.utils
+
+    from mlx_serving_router.mlx import _batch
+
+    limits = [100]
+
+    def change(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    def raised() -> int:
+        return change(5000)
+
+    def broken(*_: Any) -> Any:
+        return lambda _: mx.array(["no token"])
+
+    monkeypatch.setattr(mx, "set_wired_limit", change)
+    monkeypatch.setattr(mlx_lm.utils, "maybe_set_recommended_wired_limit", raised)
+    monkeypatch.setattr(sys.modules["mlx_lm.generate"], "maybe_set_recommended_wired_limit", raised)
+    running = Running.tiny()
+    running.ask("Hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(_batch, "make_sampler", broken)
+        assert running.ask("Hello").end.code == "WORKER_UNAVAILABLE"
+    assert limits[-1] == 5000, "the engine goes on"
+    running.ask("Hello")
+    running.stop()
+    assert limits[-1] == 100
+
+
+@pytest.mark.slow
+def test_memory_is_flat_while_requests_come_and_go() -> None:
+    pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+
+    running = Running.tiny(prompt_cache_bytes=2_000_000)
+    draw = random.Random(11)
+    used = []
+
+    def cancel_at(place: int) -> Callable[[FakeJob], None]:
+        def look(one: FakeJob) -> None:
+            one.cancelled = one.cancelled or len(one.pieces) == place
+
+        return look
+
+    for batch in range(8):
+        running.ask_all(
+            job(
+                draw.choice(QUESTIONS),
+                max_tokens=20,
+                temperature=draw.choice([None, 2.0]),
+                seed=draw.choice([None, 1]),
+                on_token=cancel_at(draw.randint(1, 40)),
+                session_id=str(batch),
+            )
+            for _ in range(60)
+        )
+        used.append(mx.get_active_memory())
+    running.stop()
+    assert max(used[4:]) - max(used[:4]) < 500_000
+
+
 # === several models ===
 
 
