@@ -987,6 +987,12 @@ class JobQueue:
     def next(self) -> Call:
         """The next job, awaited; `None` when the queue is closed."""
 
+    def deliver(self, pieces: Sequence[tuple[Job, str, Sequence[int], Mapping[str, Any] | None]]) -> None:
+        """Deliver pieces of several jobs together, without waiting for slow readers.
+
+        Each has the job, the text, the tokens, and their log probabilities.
+        """
+
     def report(
         self,
         phase: Literal["loading", "ready", "draining"],
@@ -1025,12 +1031,8 @@ class Job:
         token_ids: Sequence[int] = ...,
         *,
         logprobs: Mapping[str, Any] | None = None,
-        wait: bool = True,
     ) -> None:
-        """Deliver a piece of the answer.
-
-        With `wait`, one that nobody takes off holds up the engine, for a second at most.
-        """
+        """Deliver a piece of the answer. One that nobody takes off holds up the engine, for a second at most."""
 
     def event(self, event: TokenEvent) -> None:
         """Deliver a piece of the answer, without waiting: the caller looks at `has_room` and awaits `room`."""

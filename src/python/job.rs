@@ -12,7 +12,7 @@ use super::answer::PyTokenEvent;
 use super::request::PyInferenceRequest;
 use super::runtime::OfProcess;
 use super::{bridge, json};
-use crate::wire::{Finish, FinishReason, MOST_CACHED_PREFIXES, Phase, PrefixHashes, Usage};
+use crate::wire::{Finish, FinishReason, Json, MOST_CACHED_PREFIXES, Phase, PrefixHashes, Usage};
 use crate::worker::{Job, JobQueue};
 
 /// How often a thread that waits for a job looks for signals.
@@ -69,6 +69,17 @@ impl PyJobQueue {
         })
     }
 
+    /// Delivers pieces of several jobs together, without waiting for slow readers.
+    fn deliver(&self, pieces: Vec<Piece<'_>>) -> PyResult<()> {
+        let pieces = pieces.into_iter().map(|(job, text, token_ids, logprobs)| {
+            let job = job.get().job.get()?.clone();
+            Ok((job, text.to_string_lossy().into_owned(), token_ids, passed_logprobs(logprobs.as_ref())?))
+        });
+        let pieces: PyResult<Vec<_>> = pieces.collect();
+        self.0.get()?.deliver(pieces?);
+        Ok(())
+    }
+
     /// What heartbeats say from now on. The first `ready` lets the worker register. `cached_prefixes` that are left out stay
     /// as they are.
     #[pyo3(signature = (phase, *, loaded_models=Vec::new(), loading_models=Vec::new(), cached_prefixes=None))]
@@ -97,6 +108,9 @@ impl PyJobQueue {
         Ok(())
     }
 }
+
+/// A piece of a job's answer: its text, its tokens, their log probabilities.
+type Piece<'py> = (Bound<'py, PyJob>, Bound<'py, PyString>, Vec<u32>, Option<Bound<'py, PyAny>>);
 
 // === impl PyJob ===
 
@@ -133,20 +147,18 @@ impl PyJob {
         Ok(self.job.get()?.has_room())
     }
 
-    /// Delivers a piece of the answer. With `wait`, one that nobody takes off holds up the engine, for a second at most.
-    #[pyo3(signature = (text, token_ids=Vec::new(), *, logprobs=None, wait=true))]
+    /// Delivers a piece of the answer. One that nobody takes off holds up the engine, for a second at most.
+    #[pyo3(signature = (text, token_ids=Vec::new(), *, logprobs=None))]
     fn token(
         &self,
         py: Python<'_>,
         text: &Bound<'_, PyString>,
         token_ids: Vec<u32>,
         logprobs: Option<&Bound<'_, PyAny>>,
-        wait: bool,
     ) -> PyResult<()> {
         let job = self.job.get()?;
-        let logprobs = logprobs.map(|logprobs| json::passed_on("logprobs", logprobs)).transpose()?;
-        job.token(&text.to_string_lossy(), &token_ids, logprobs);
-        if wait && !job.has_room() {
+        job.token(&text.to_string_lossy(), &token_ids, passed_logprobs(logprobs)?);
+        if !job.has_room() {
             py.detach(|| job.wait_for_room(ROOM_WITHIN));
         }
         Ok(())
@@ -212,6 +224,10 @@ impl PyJob {
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         Ok(format!("<Job {:?} attempt {}>", self.request.bind(py).get().0.request_id, self.job.get()?.attempt()))
     }
+}
+
+fn passed_logprobs(logprobs: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Json>> {
+    logprobs.map(|logprobs| json::passed_on("logprobs", logprobs)).transpose()
 }
 
 fn seconds(timeout: f64) -> PyResult<Duration> {

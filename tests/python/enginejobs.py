@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import pytest
+
     from mlx_serving_router.engine import Engine
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-model" / "model"
+SECRET = "open sesame"  # what an error may quote, and nobody else
 PATIENCE = 60  # seconds within which anything here must have happened
 UNSET: dict[str, Any] = dict.fromkeys(
     [
@@ -61,10 +64,8 @@ class FakeJob:
         token_ids: Sequence[int] = (),
         *,
         logprobs: Any = None,
-        wait: bool = True,
     ) -> None:
         assert self.end is None
-        assert not wait, "one job is not to hold up the others"
         self.pieces.append((text, list(token_ids)))
         self.logprobs += [] if logprobs is None else logprobs["content"]
         self.on_token(self)
@@ -84,6 +85,20 @@ class FakeJob:
     @property
     def token_ids(self) -> list[int]:
         return [token for _, ids in self.pieces for token in ids]
+
+
+def break_at(monkeypatch: pytest.MonkeyPatch, request_id: str, place: int) -> None:
+    """Let the engine fail on a request's so-manieth token, as a tokenizer may."""
+    from mlx_serving_router.mlx._answer import Answer
+
+    push = Answer.push
+
+    def broken(answer: Answer, token: int, logprobs: Any) -> bool:
+        if answer.job.request.request_id == request_id and answer.generated == place:
+            raise RuntimeError(SECRET)
+        return push(answer, token, logprobs)
+
+    monkeypatch.setattr(Answer, "push", broken)
 
 
 class FakeQueue:
@@ -106,6 +121,11 @@ class FakeQueue:
                 assert self._changed.wait_for(lambda: self._jobs or self.closed, PATIENCE), "nobody asks"
                 self._idle = False
             return self._jobs.popleft() if self._jobs else None
+
+    def deliver(self, pieces: list[tuple[FakeJob, str, list[int], Any]]) -> None:
+        for job, text, token_ids, logprobs in pieces:
+            if job.end is None:  # else it has no effect
+                job.token(text, token_ids, logprobs=logprobs)
 
     def put(self, *jobs: FakeJob) -> None:
         with self._changed:
@@ -183,6 +203,10 @@ class Running:
     def stop(self) -> None:
         """Close the queue and raise what the engine raised."""
         self.jobs.close()
+        self.ended()
+
+    def ended(self) -> None:
+        """Wait until the engine has ended, and raise what it raised."""
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         if self._failure is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from enginejobs import FakeJob, Running, job
+from enginejobs import FakeJob, Running, break_at, job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -296,13 +296,12 @@ def test_a_bad_request_leaves_the_others_tokens_untouched(
     assert [(one.end.code, one.pieces) for one in refused] == [("REQUEST_VALIDATION_FAILED", [])]
 
 
-def test_a_job_that_breaks_leaves_the_others_as_they_are(engine: Running, alone: dict[str, FakeJob]) -> None:
-    def broken(one: FakeJob) -> None:
-        if len(one.pieces) == 3:
-            raise RuntimeError("the consumer broke")
-
+def test_a_request_that_breaks_leaves_the_others_as_they_are(
+    engine: Running, alone: dict[str, FakeJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_at(monkeypatch, "broken", 3)
     good = [job(question) for question in QUESTIONS[-4:]]
-    bad = [job("Tell me a story.", on_token=broken) for _ in range(2)]
+    bad = [job("Tell me a story.", request_id="broken") for _ in range(2)]
     engine.ask_all([good[0], bad[0], *good[1:3], bad[1], good[3]])
     assert [one.text for one in good] == [alone[question].text for question in QUESTIONS[-4:]]
     assert [one.end.code for one in bad] == ["WORKER_UNAVAILABLE"] * 2
@@ -407,6 +406,38 @@ def test_memory_is_flat_while_requests_come_and_go() -> None:
         used.append(mx.get_active_memory())
     running.stop()
     assert max(used[4:]) - max(used[:4]) < 500_000
+
+
+# === the end ===
+
+
+def test_a_closed_queue_lets_answers_finish_and_ends_the_engine() -> None:
+    pytest.importorskip("mlx_lm")
+    running = Running.tiny()
+
+    def close(one: FakeJob) -> None:
+        if len(one.pieces) == 3:
+            running.jobs.close()
+
+    count = job("Count to ten.", on_token=close)
+    running.jobs.put(count)
+    running.ended()
+    assert count.text == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10."
+
+
+def test_a_worker_that_is_told_to_end_at_once_waits_for_no_answer() -> None:
+    pytest.importorskip("mlx_lm")
+    running = Running.tiny()
+
+    def end(one: FakeJob) -> None:
+        if len(one.pieces) == 3:
+            one.cancelled = True
+            running.jobs.close()
+
+    story = job("Tell me a story.", on_token=end)
+    running.jobs.put(story)
+    running.ended()
+    assert (len(story.pieces), story.end) == (3, None)
 
 
 # === several models ===

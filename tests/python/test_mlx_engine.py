@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from enginejobs import MODEL, FakeJob, Running
+from enginejobs import MODEL, FakeJob, Running, break_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -247,12 +247,12 @@ def test_a_bad_request_is_refused_and_harms_no_other(engine: Running, fields: di
 
 @pytest.mark.model
 def test_a_request_that_breaks_fails_alone_and_quotes_nothing(
-    engine: Running, caplog: pytest.LogCaptureFixture
+    engine: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: FakeJob) -> None:
-        raise RuntimeError("the consumer broke")
-
-    assert engine.ask("Hello", on_token=broken).end.code == "WORKER_UNAVAILABLE"
+    break_at(monkeypatch, "broken", 3)
+    job = engine.ask("Hello", request_id="broken")
+    assert (job.end.code, len(job.token_ids)) == ("WORKER_UNAVAILABLE", 3)
+    assert "sesame" not in job.end.message + caplog.text
     job = engine.ask("open sesame \ud83d")  # half a surrogate pair: no tokenizer takes it
     assert job.end.code == "WORKER_UNAVAILABLE"
     assert "sesame" not in job.end.message + caplog.text

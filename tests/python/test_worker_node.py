@@ -199,6 +199,33 @@ async def test_an_engine_says_what_it_can_do_and_how_much_at_a_time(fleet: Fleet
         assert (await heard(registrations))["capacity"]["maxConcurrent"] == 2
 
 
+async def test_an_engine_delivers_pieces_of_several_jobs_together(fleet: Fleet) -> None:
+    class Together(Echo):
+        max_concurrent = 3
+
+        def run(self, jobs: JobQueue) -> None:
+            jobs.report("ready", loaded_models=self.models)
+            taken = [jobs.get() for _ in range(3)]
+            entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
+            for number in range(3):
+                jobs.deliver([(job, f"{number} ", [number], {"content": [entry]}) for job in taken])
+            for job in taken:
+                assert job is not None
+                job.done()
+            jobs.deliver([(job, "late", [4], None) for job in taken])
+            jobs.deliver([])
+            assert jobs.get() is None
+
+    async with WorkerNode(Together(), config=fleet.config(), worker_id="w"):
+        asked = [await fleet.ask("w") for _ in range(3)]
+        for answers in asked:
+            _, *tokens, done = await answers.rest()
+            assert "".join(token["token"] for token in tokens) == "0 1 2 "
+            assert [token["index"] for token in tokens] == [0, 1, 2]
+            assert tokens[0]["logprobs"]["content"][0]["token"] == "a"
+            assert done["totalTokens"] == 3
+
+
 async def test_an_engine_tells_log_probabilities_and_what_it_holds(fleet: Fleet) -> None:
     class Telling(Echo):
         def run(self, jobs: JobQueue) -> None:
@@ -207,7 +234,7 @@ async def test_an_engine_tells_log_probabilities_and_what_it_holds(fleet: Fleet)
                 jobs.report("ready", cached_prefixes=["short"])
             while (job := jobs.get()) is not None:
                 entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
-                job.token("a", [1], logprobs={"content": [entry]}, wait=False)
+                job.token("a", [1], logprobs={"content": [entry]})
                 jobs.report("ready", loaded_models=self.models, cached_prefixes=["0123456789abcdef"])
                 job.done()
                 jobs.report("ready", loaded_models=self.models)

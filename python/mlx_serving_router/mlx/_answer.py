@@ -21,6 +21,7 @@ from mlx_serving_router.mlx._tools import ToolCallReader
 if TYPE_CHECKING:
     from mlx_serving_router.engine import Job
     from mlx_serving_router.mlx._models import LoadedModel
+    from mlx_serving_router.mlx._outgoing import Outgoing
     from mlx_serving_router.mlx._request import Parameters
 
 logger = logging.getLogger(__name__)
@@ -39,15 +40,24 @@ class Answer:
         model: The model that gives it.
         prompt: The tokens of what was asked.
         parameters: Of the request.
+        outgoing: Takes what the answer has to say.
 
     Raises:
         InvalidRequestError: What is to be resumed does not fit together, or to the model.
     """
 
-    def __init__(self, job: Job, model: LoadedModel, prompt: list[int], parameters: Parameters) -> None:
+    def __init__(
+        self,
+        job: Job,
+        model: LoadedModel,
+        prompt: list[int],
+        parameters: Parameters,
+        outgoing: Outgoing,
+    ) -> None:
         request = job.request
         chat = request.prompt is None
         self.job = job
+        self._outgoing = outgoing
         self.parameters = parameters
         self.cached = 0
         """How many of `tokens` did not have to be computed."""
@@ -60,7 +70,8 @@ class Answer:
         self._decoder = IncrementalDecoder(model.decode, () if chat else prompt[-_DECODER_CONTEXT:])
         self._matcher = StopMatcher(parameters.stop)
         self._calls = ToolCallReader.of(model.tokenizer, offered_tools(request)) if chat else None
-        self._generated = 0
+        self.generated = 0
+        """Tokens that have come."""
         self._undelivered: list[int] = []
         self._logprobs: list[dict[str, Any]] = []  # of the tokens that are undelivered
         self._decode = model.decode
@@ -76,7 +87,7 @@ class Answer:
         return "".join(self._shown)
 
     def begin(self) -> bool:
-        """Whether there is something to generate; where not, the job has met its end."""
+        """Whether there is something to generate; where not, the answer is over."""
         if self._matcher.stopped or not self._ends.isdisjoint(self.parameters.resumed):
             self.finish("stop")
             return False
@@ -100,7 +111,7 @@ class Answer:
             token: The token.
             logprobs: What it was drawn from.
         """
-        self._generated += 1
+        self.generated += 1
         self._undelivered.append(token)
         if self.parameters.logprobs is not None:
             self._logprobs.append(token_logprob(self._decode, token, logprobs, self.parameters.logprobs))
@@ -114,7 +125,7 @@ class Answer:
         return token in self._ends
 
     def finish(self, reason: str) -> None:
-        """End the job well.
+        """Come to a good end.
 
         Args:
             reason: `"stop"` or `"length"`: why no further token is generated.
@@ -127,10 +138,11 @@ class Answer:
         self._deliver(text)
         if self._matcher.stopped:
             reason = "stop"
-        self.job.done(
+        self._outgoing.done(
+            self.job,
             "tool_calls" if calls and reason == "stop" else reason,
             prompt_tokens=self._prompt,
-            completion_tokens=self._generated,
+            completion_tokens=self.generated,
             cached_tokens=min(self.cached, self._prompt),
             tool_calls=calls,
         )
@@ -150,13 +162,9 @@ class Answer:
             text, self._ahead = text[self._ahead :], max(0, self._ahead - len(text))
         if text or self._undelivered:
             self._shown.append(text)
-            # Waiting for whoever reads slowly would hold up all the others.
-            if self._logprobs:
-                self.job.token(text, self._undelivered, logprobs={"content": self._logprobs}, wait=False)
-                self._logprobs = []
-            else:
-                self.job.token(text, self._undelivered, wait=False)
-            self._undelivered = []
+            logprobs, self._logprobs = self._logprobs, []
+            tokens, self._undelivered = self._undelivered, []
+            self._outgoing.piece(self.job, text, tokens, {"content": logprobs} if logprobs else None)
 
     def _resume(self, tokens: tuple[int, ...], shown: str) -> None:
         """Come to where the answer was left: the same tokens read again give the same text."""

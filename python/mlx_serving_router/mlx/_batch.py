@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlx_serving_router.mlx._answer import Answer
     from mlx_serving_router.mlx._cache import PromptCaches
     from mlx_serving_router.mlx._models import LoadedModel
+    from mlx_serving_router.mlx._outgoing import Outgoing
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +33,23 @@ class Batch:
     Args:
         model: The model.
         caches: What was computed before, and where it is kept.
+        outgoing: Takes what the answers have to say.
         size: Answers that are generated at a time.
         prefill_step_size: Tokens of prompts that are computed in one step.
     """
 
     def __init__(
-        self, model: LoadedModel, caches: PromptCaches, *, size: int, prefill_step_size: int
+        self,
+        model: LoadedModel,
+        caches: PromptCaches,
+        outgoing: Outgoing,
+        *,
+        size: int,
+        prefill_step_size: int,
     ) -> None:
         self._model = model
         self._caches = caches
+        self._outgoing = outgoing
         self._size = size
         self._prefill_step_size = prefill_step_size
         self._generator: Any = None
@@ -87,6 +96,10 @@ class Batch:
             return
         self._prompts.difference_update(each.uid for each in prompts if each.end_of_prompt)
         over = [each.uid for each in tokens if self._receive(each)]
+        self._outgoing.flush()  # before anything that takes time
+        for each in tokens:
+            if each.finish_reason is not None:
+                self._keep(self._answers.pop(each.uid), each.all_tokens, each.prompt_cache)
         self._leave(over)
 
     def close(self) -> None:
@@ -122,11 +135,7 @@ class Batch:
         except Exception as error:  # noqa: BLE001 a tokenizer may raise anything
             fail(answer.job, error, type(error).__name__)  # its words may quote the answer
             over = True
-        if response.finish_reason is None:
-            return over
-        del self._answers[response.uid]
-        self._keep(answer, response.all_tokens, response.prompt_cache)
-        return False
+        return over and response.finish_reason is None
 
     def _leave(self, uids: Iterable[int]) -> None:
         """Take answers out that the generator would go on with."""

@@ -17,6 +17,7 @@ from mlx_serving_router.mlx._answer import Answer, fail
 from mlx_serving_router.mlx._batch import Batch
 from mlx_serving_router.mlx._cache import PromptCaches
 from mlx_serving_router.mlx._models import Models, named
+from mlx_serving_router.mlx._outgoing import Outgoing
 from mlx_serving_router.mlx._prompt import prompt_tokens
 from mlx_serving_router.mlx._request import InvalidRequestError, Parameters
 
@@ -172,6 +173,7 @@ class _Service:
         self._max_tokens = max_tokens
         self._prefill_step_size = prefill_step_size
         self._caches = PromptCaches(prompt_cache_bytes)
+        self._outgoing = Outgoing(jobs)
         self._batches: dict[str, Batch] = {}
         self._told = (-1, 0.0)  # the caches that were told of last, and when
 
@@ -230,20 +232,24 @@ class _Service:
             # Its words may quote the prompt.
             fail(job, error, type(error).__name__)
             return
-        if answer is not None:
+        if answer.begin():
             self._batch(model).add(answer)
+        else:
+            self._outgoing.flush()
 
-    def _answer(self, job: Job, model: LoadedModel) -> Answer | None:
-        """The answer to a job, begun; none where it is over at once."""
+    def _answer(self, job: Job, model: LoadedModel) -> Answer:
         parameters = Parameters.from_request(
             job.request, default_max_tokens=self._max_tokens, vocabulary=model.vocabulary
         )
-        answer = Answer(job, model, prompt_tokens(model, job.request), parameters)
-        return answer if answer.begin() else None
+        return Answer(job, model, prompt_tokens(model, job.request), parameters, self._outgoing)
 
     def _batch(self, model: LoadedModel) -> Batch:
         if model.name not in self._batches:
             self._batches[model.name] = Batch(
-                model, self._caches, size=self._max_concurrent, prefill_step_size=self._prefill_step_size
+                model,
+                self._caches,
+                self._outgoing,
+                size=self._max_concurrent,
+                prefill_step_size=self._prefill_step_size,
             )
         return self._batches[model.name]
