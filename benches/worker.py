@@ -1,17 +1,23 @@
 """Usage: python benches/worker.py [--rounds N] [--requests N] [--tokens N] [--model FOLDER].
 
 What an mlx-lm worker makes of the model: mlx-lm's BatchGenerator driven directly in one process, against the same work
-through controller, NATS and worker, one after the other within each round. docs/performance.md says what is measured.
+through controller, NATS and worker, and through mlx_lm.server over HTTP, one after the other within each round.
+docs/performance.md says what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import socket
 import sys
+import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -60,34 +66,46 @@ def main() -> int:
 async def _run(options: argparse.Namespace) -> int:
     rounds: list[dict[str, float]] = []
     with NatsServer(port=0) as nats:
-        setup = {"url": nats.url, "model": str(options.model), "concurrency": _MANY}
-        worker, direct = _started("worker", setup), _started("direct", setup)
+        setup = {
+            "url": nats.url,
+            "model": str(options.model),
+            "concurrency": _MANY,
+            "port": _free_port(),
+        }
+        processes = [_started(role, setup) for role in _ROLES]
+        direct = processes[1]
         try:
             async with ControllerNode(_config(nats.url)) as controller:
                 await controller.wait_for_workers(1, timeout=60)
                 for number in range(options.rounds + 1):
-                    measured = await _round(controller, direct, options, number)
+                    measured = await _round(controller, direct, setup, options, number)
                     if number:  # round 0 warms up
                         rounds.append(measured)
                     print(f"round {number}: " + _shown(measured), flush=True)
         finally:
-            for process in (worker, direct):
+            for process in processes:
                 process.end()
-            for process in (worker, direct):
+            for process in processes:
                 process.wait()
     of_direct = median(each["through"] / each["direct"] for each in rounds)
     of_one = median(each["through"] / each["alone"] for each in rounds)
+    of_server = median(each["through"] / each["server"] for each in rounds)
     print(f"\n{_MANY} at a time through controller, NATS and worker, medians of {len(rounds)} rounds:")
     print(f"  {of_direct:.2f} of BatchGenerator driven directly (wanted: 0.9)")
     print(f"  {of_one:.2f} times our own, one at a time (wanted: 4)")
+    print(f"  {of_server:.2f} times mlx_lm.server over HTTP (wanted: 1.5)")
     return 0
 
 
 async def _round(
-    controller: ControllerNode, direct: Process, options: argparse.Namespace, number: int
+    controller: ControllerNode,
+    direct: Process,
+    setup: dict[str, Any],
+    options: argparse.Namespace,
+    number: int,
 ) -> dict[str, float]:
     def load(part: int, requests: int, concurrency: int) -> Load:
-        return Load(requests, concurrency, options.tokens, first=(3 * number + part) * 10_000)
+        return Load(requests, concurrency, options.tokens, first=(4 * number + part) * 10_000)
 
     async def drive() -> float:
         work = load(0, options.requests, _MANY)
@@ -98,9 +116,10 @@ async def _round(
         "direct": drive,
         "through": lambda: _through(controller, load(1, options.requests, _MANY)),
         "alone": lambda: _through(controller, load(2, max(1, options.requests // 8), 1)),
+        "server": lambda: _over_http(setup, load(3, options.requests, _MANY)),
     }
     names = list(sides)
-    turned = names[number % 3 :] + names[: number % 3]  # whatever a side leaves behind falls on all places
+    turned = names[number % 4 :] + names[: number % 4]  # whatever a side leaves behind falls on all places
     return {name: await sides[name]() for name in turned}
 
 
@@ -126,6 +145,37 @@ async def _through(controller: ControllerNode, load: Load) -> float:
     return counted / (time.perf_counter() - began)
 
 
+async def _over_http(setup: dict[str, Any], load: Load) -> float:
+    """The same of mlx_lm.server, as streams."""
+
+    def ask(number: int) -> int:
+        body = {
+            "model": setup["model"],
+            "messages": load.messages(number),
+            "max_tokens": load.tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{setup['port']}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+            told = [line for line in answer if b'"completion_tokens"' in line]
+            return int(json.loads(told[-1].removeprefix(b"data: "))["usage"]["completion_tokens"])
+
+    with ThreadPoolExecutor(load.concurrency) as callers:
+        began = time.perf_counter()
+        counts = await asyncio.gather(
+            *(
+                asyncio.get_running_loop().run_in_executor(callers, ask, number)
+                for number in range(load.requests)
+            )
+        )
+        return sum(counts) / (time.perf_counter() - began)
+
+
 def _config(url: str) -> ClusterConfig:
     return ClusterConfig.from_dict(
         {"nats": {"mode": "external", "serverUrl": url}, "logging": {"level": "warning"}}
@@ -133,7 +183,9 @@ def _config(url: str) -> ClusterConfig:
 
 
 def _shown(measured: dict[str, float]) -> str:
-    return ", ".join(f"{name} {measured[name]:.0f} tokens/s" for name in ("direct", "through", "alone"))
+    return ", ".join(
+        f"{name} {measured[name]:.0f} tokens/s" for name in ("direct", "through", "alone", "server")
+    )
 
 
 # === the processes ===
@@ -143,6 +195,12 @@ def _started(role: str, setup: dict[str, Any]) -> Process:
     process = Process(role, [sys.executable, "-B", __file__, role, json.dumps(setup)])
     process.read(60.0)
     return process
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _say(answer: dict[str, Any]) -> None:
@@ -197,7 +255,29 @@ def _direct(setup: dict[str, Any]) -> None:
         _say({"tokens_per_second": counted / (time.perf_counter() - began)})
 
 
-_ROLES = {"worker": _worker, "direct": _direct}
+def _server(setup: dict[str, Any]) -> None:
+    from http.server import HTTPServer
+
+    from mlx_lm import server
+
+    def watch() -> None:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", setup["port"]), 1.0):
+                break
+            time.sleep(0.05)
+        _say({"ready": True})
+        sys.stdin.read()
+        os._exit(0)
+
+    HTTPServer.request_queue_size = 128  # it turns away callers that come all at once
+    threading.Thread(target=watch, daemon=True).start()
+    options = ["--model", setup["model"], "--port", str(setup["port"]), "--log-level", "ERROR"]
+    sys.argv = ["mlx_lm.server", *options]
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        server.main()
+
+
+_ROLES = {"worker": _worker, "direct": _direct, "server": _server}
 
 
 # === options ===

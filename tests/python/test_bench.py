@@ -69,7 +69,10 @@ def test_the_workers_benchmark_compares_both_sides() -> None:
         "--tokens=4",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True)
-    assert re.search(r"round 1: direct \d+ tokens/s, through \d+ tokens/s, alone \d+ tokens/s", done.stdout)
+    assert re.search(
+        r"round 1: direct \d+ tokens/s, through \d+ tokens/s, alone \d+ tokens/s, server \d+ tokens/s",
+        done.stdout,
+    )
     assert re.search(r"\d\.\d\d of BatchGenerator driven directly", done.stdout)
     assert not done.stderr
 
