@@ -13,7 +13,7 @@ use super::request::PyInferenceRequest;
 use super::runtime::OfProcess;
 use super::{bridge, json};
 use crate::wire::{Finish, FinishReason, Json, MOST_CACHED_PREFIXES, Phase, PrefixHashes, Usage};
-use crate::worker::{Job, JobQueue};
+use crate::worker::{Job, JobQueue, Piece};
 
 /// How often a thread that waits for a job looks for signals.
 const SIGNALS_EVERY: Duration = Duration::from_secs(1);
@@ -70,10 +70,10 @@ impl PyJobQueue {
     }
 
     /// Delivers pieces of several jobs together, without waiting for slow readers.
-    fn deliver(&self, pieces: Vec<Piece<'_>>) -> PyResult<()> {
+    fn deliver(&self, pieces: Vec<PyPiece<'_>>) -> PyResult<()> {
         let pieces = pieces.into_iter().map(|(job, text, token_ids, logprobs)| {
-            let job = job.get().job.get()?.clone();
-            Ok((job, text.to_string_lossy().into_owned(), token_ids, passed_logprobs(logprobs.as_ref())?))
+            let (job, logprobs) = (job.get().job.get()?.clone(), passed_logprobs(logprobs.as_ref())?);
+            Ok(Piece { job, text: text.to_string_lossy().into_owned(), token_ids, logprobs })
         });
         let pieces: PyResult<Vec<_>> = pieces.collect();
         self.0.get()?.deliver(pieces?);
@@ -110,7 +110,7 @@ impl PyJobQueue {
 }
 
 /// A piece of a job's answer: its text, its tokens, their log probabilities.
-type Piece<'py> = (Bound<'py, PyJob>, Bound<'py, PyString>, Vec<u32>, Option<Bound<'py, PyAny>>);
+type PyPiece<'py> = (Bound<'py, PyJob>, Bound<'py, PyString>, Vec<u32>, Option<Bound<'py, PyAny>>);
 
 // === impl PyJob ===
 

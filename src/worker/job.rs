@@ -22,6 +22,18 @@ pub struct Job {
     attempt: Arc<Attempt>,
 }
 
+/// A piece of a job's answer, for [`JobQueue::deliver`].
+pub struct Piece {
+    /// Whose.
+    pub job: Arc<Job>,
+    /// Its text.
+    pub text: String,
+    /// Its tokens.
+    pub token_ids: Vec<u32>,
+    /// Their log probabilities.
+    pub logprobs: Option<Json>,
+}
+
 // === impl JobQueue ===
 
 impl JobQueue {
@@ -70,9 +82,9 @@ impl JobQueue {
     }
 
     /// Delivers pieces of several jobs, as [`Job::token`] does: they are handed over together, which costs a fraction of one after the other.
-    pub fn deliver(&self, pieces: Vec<(Arc<Job>, String, Vec<u32>, Option<Json>)>) {
+    pub fn deliver(&self, pieces: impl IntoIterator<Item = Piece>) {
         let _together = self.0.outbox.gather();
-        for (job, text, token_ids, logprobs) in pieces {
+        for Piece { job, text, token_ids, logprobs } in pieces {
             job.token(&text, &token_ids, logprobs);
         }
     }

@@ -24,6 +24,6 @@ mod rivals;
 mod runtime;
 mod tally;
 
-pub use job::{Job, JobQueue};
+pub use job::{Job, JobQueue, Piece};
 pub use options::WorkerOptions;
 pub use runtime::{Worker, WorkerState};
