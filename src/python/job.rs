@@ -49,7 +49,9 @@ impl PyJobQueue {
         let jobs = self.0.get()?;
         loop {
             let slice = left.map_or(SIGNALS_EVERY, |left| left.min(SIGNALS_EVERY));
-            if let Some(job) = py.detach(|| jobs.get(Some(slice))) {
+            // A look costs less than letting go of the interpreter, which a busy thread may keep for long.
+            let job = if slice.is_zero() { jobs.get(Some(slice)) } else { py.detach(|| jobs.get(Some(slice))) };
+            if let Some(job) = job {
                 return PyJob::new(py, job).map(Some);
             }
             py.check_signals()?;

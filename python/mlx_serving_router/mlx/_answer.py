@@ -24,12 +24,10 @@ if TYPE_CHECKING:
     from mlx_serving_router.mlx._outgoing import Outgoing
     from mlx_serving_router.mlx._request import Parameters
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mlx_serving_router.mlx")
 
 _DECODER_CONTEXT: Final = 8  # tokens of a plain prompt that decide how the first new ones are written
-_SILENT_TOKENS: Final = (
-    16  # as many without a text of their own go out without one: somebody waits for a sign
-)
+_SILENT_TOKENS: Final = 16  # as many go out without a text: whoever waits wants a sign of life
 
 
 class Answer:

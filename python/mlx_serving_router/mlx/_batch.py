@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlx_serving_router.mlx._models import LoadedModel
     from mlx_serving_router.mlx._outgoing import Outgoing
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mlx_serving_router.mlx")
 
 _PROMPTS: Final = 8  # prompts that are computed side by side
 
@@ -161,8 +161,12 @@ class Batch:
             with mx.stream(self._generator.stream):
                 mx.eval([each.state for each in cache])  # else it holds on to the whole batch
             self._caches.put(self._model.name, tokens, cache, answer.prefixes())
-        except Exception:  # a cache is a help, and its loss nobody's failure
-            logger.exception("what was computed for a request of model %s is not kept", self._model.name)
+        except Exception as error:  # noqa: BLE001 a cache is a help, and its loss nobody's failure
+            logger.warning(
+                "what was computed for request %s is not kept: %s",
+                answer.job.request.request_id,
+                type(error).__name__,
+            )
 
     def _break(self, error: Exception) -> None:
         """End all answers: nobody knows which tokens the step had made."""

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mlx_serving_router.mlx")
 
 Location: TypeAlias = str | os.PathLike[str]
 
