@@ -48,7 +48,7 @@ class Processes:
     def __init__(self, peers: Path, setup: Mapping[str, object]) -> None:
         self._peers = peers
         self._setup = json.dumps(setup)
-        self._started: list[_Process] = []
+        self._started: list[Process] = []
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +63,7 @@ class Processes:
         """Returns when the worker serves."""
         self._start("worker", [str(self._peers), "worker", self._setup])
 
-    def start_side(self, name: str) -> _Process:
+    def start_side(self, name: str) -> Process:
         """Returns when the side has found the worker."""
         program, *rest = SIDES[name]
         if program.endswith(".py"):
@@ -72,14 +72,14 @@ class Processes:
             command = [str(self._peers), program, self._setup]
         return self._start(name, command)
 
-    def _start(self, name: str, command: list[str]) -> _Process:
-        process = _Process(name, command)
+    def _start(self, name: str, command: list[str]) -> Process:
+        process = Process(name, command)
         self._started.append(process)
         process.read(_START_SECONDS)
         return process
 
 
-class _Process:
+class Process:
     """A process that answers each line of its standard input with one of its standard output."""
 
     def __init__(self, name: str, command: list[str]) -> None:

@@ -57,6 +57,15 @@ class Call(Awaitable[Any]):
 
 # === request.rs ===
 
+def prefix_hashes(
+    model_id: str, *, prompt: str | None = None, messages: Sequence[Mapping[str, Any]] | None = None
+) -> list[str]:
+    """The hashes of the prefixes of a prompt, as docs/prefix-hashes.md defines them, the shortest first.
+
+    Raises:
+        ValueError: Something that JSON has no word for.
+    """
+
 @final
 class InferenceRequest:
     """What is asked of a model. What is not set is left to the worker.
@@ -1004,14 +1013,27 @@ class JobQueue:
     def next(self) -> Call:
         """The next job, awaited; `None` when the queue is closed."""
 
+    def deliver(self, pieces: Sequence[tuple[Job, str, Sequence[int], Mapping[str, Any] | None]]) -> None:
+        """Deliver pieces of several jobs together, without waiting for slow readers.
+
+        Each has the job, the text, the tokens, and their log probabilities.
+        """
+
     def report(
         self,
         phase: Literal["loading", "ready", "draining"],
         *,
         loaded_models: Sequence[str] = ...,
         loading_models: Sequence[str] = ...,
+        cached_prefixes: Sequence[str] | None = None,
     ) -> None:
-        """What heartbeats say from now on. The first `ready` lets the worker register."""
+        """What heartbeats say from now on. The first `ready` lets the worker register.
+
+        `cached_prefixes` that are left out stay as they are.
+
+        Raises:
+            ValueError: `phase` is none, or a prefix is no hash, or there are more than 256.
+        """
 
 @final
 class Job:
@@ -1029,7 +1051,13 @@ class Job:
     @property
     def has_room(self) -> bool:
         """Whether the answer goes out as fast as it comes."""
-    def token(self, text: str, token_ids: Sequence[int] = ...) -> None:
+    def token(
+        self,
+        text: str,
+        token_ids: Sequence[int] = ...,
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Deliver a piece of the answer. One that nobody takes off holds up the engine, for a second at most."""
 
     def event(self, event: TokenEvent) -> None:

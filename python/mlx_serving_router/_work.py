@@ -7,7 +7,7 @@ name.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mlx_serving_router._command import CommandError, stop_signals, unless
 from mlx_serving_router._worker import WorkerNode
@@ -22,25 +22,21 @@ DRAIN_SECONDS: Final = 60.0
 _logger = logging.getLogger(__name__)
 
 
-async def work(
-    engine: Engine, config: ClusterConfig, *, worker_id: str | None, max_concurrent: int | None
-) -> None:
+async def work(engine: Engine, config: ClusterConfig, *, worker_id: str | None) -> None:
     """Runs a worker until a signal comes.
 
     Args:
         engine: What answers.
         config: The configuration.
         worker_id: The worker's name; one is made where it is None.
-        max_concurrent: How many requests it works on at a time; the runtime's default where it is None.
 
     Raises:
         ControllerError: NATS cannot be reached (a worker joins a server, it never starts one), or another worker has
             taken the name.
         ModelLoadError: A model is missing or broken.
-        ValueError: The name or the limit is unsuitable.
+        ValueError: The name is unsuitable.
     """
-    options: dict[str, Any] = {} if max_concurrent is None else {"max_concurrent": max_concurrent}
-    node = WorkerNode(engine, config=config, worker_id=worker_id, **options)
+    node = WorkerNode(engine, config=config, worker_id=worker_id)
     with stop_signals() as stopping:
         try:
             _logger.info("%s loads %s", node.worker_id, ", ".join(engine.models))

@@ -69,7 +69,8 @@ class WorkerNode:
         worker_id: Its name: 1 to 64 letters, digits, `-` and `_`; no two workers share one. Left out: made of the
             host's name.
         models: What it serves. Left out: the engine's `models`.
-        max_concurrent: Requests that are worked on at a time; 0: no limit. Left out: 1 for an engine, 0 for a handler.
+        max_concurrent: Requests that are worked on at a time; 0: no limit. Left out: the engine's `max_concurrent`
+            where it says one, else 1; 0 for a handler.
         max_queue: Requests that may wait beside them; further ones are refused as WORKER_OVERLOADED.
 
     Raises:
@@ -262,7 +263,7 @@ class _Runner:
         if isinstance(models, str):
             raise TypeError("models is a str; a list of names is right")
         if max_concurrent is None:
-            max_concurrent = 0 if self.is_handler else 1
+            max_concurrent = 0 if self.is_handler else getattr(engine, "max_concurrent", 1)
         self.native = _native.Worker(
             config,
             worker_id=worker_id,

@@ -100,8 +100,8 @@ def worker(
         from mlx_serving_router import _work
         from mlx_serving_router.mlx import MlxEngine
 
-        engine = MlxEngine(models)
-        asyncio.run(_work.work(engine, settings, worker_id=worker_id, max_concurrent=max_concurrent))
+        limits = {} if max_concurrent is None else {"max_concurrent": max_concurrent}
+        asyncio.run(_work.work(MlxEngine(models, **limits), settings, worker_id=worker_id))
 
 
 @app.command()
@@ -225,7 +225,8 @@ def _changes(
 def _named_models(models: Sequence[str] | None) -> dict[str, str]:
     """Names, and where the models are: what `MlxEngine` takes. Folders are looked at."""
     from mlx_serving_router._command import CommandError
-    from mlx_serving_router.mlx import _check_folder, _is_hub_id, _named
+    from mlx_serving_router.mlx._models import check_folder, is_hub_id
+    from mlx_serving_router.mlx._models import named as named_places
 
     if not models:
         raise CommandError(
@@ -236,7 +237,7 @@ def _named_models(models: Sequence[str] | None) -> dict[str, str]:
     for option in models:
         name, separator, place = option.partition("=")
         if not separator:
-            [(name, _)] = _named(option).items()
+            [(name, _)] = named_places(option).items()
             place = option
         if not name or not place:
             raise CommandError(f"--model {option!r} is not NAME=PATH: the name or the path is empty")
@@ -244,8 +245,8 @@ def _named_models(models: Sequence[str] | None) -> dict[str, str]:
             raise CommandError(
                 f"two models have the name {name!r}: give one of them another, as --model NAME=PATH"
             )
-        if not _is_hub_id(place):
-            _check_folder(name, Path(place).expanduser())  # mlx takes seconds to say the same
+        if not is_hub_id(place):
+            check_folder(name, Path(place).expanduser())  # mlx takes seconds to say the same
         named[name] = place
     return named
 

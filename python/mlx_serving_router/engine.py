@@ -37,7 +37,12 @@ EnginePhase: TypeAlias = Literal["loading", "ready", "draining"]
 
 
 class Engine(Protocol):
-    """Generates answers for one or more models."""
+    """Generates answers for one or more models.
+
+    An engine may have two attributes more, which `WorkerNode` looks for: `max_concurrent`, how many jobs it works on
+    at a time (1 where it is missing), and `features`, what it can do beyond answering: `"batch"`, several jobs at a
+    time, and `"resume"`, it heeds `EngineRequest.resume`.
+    """
 
     @property
     def models(self) -> Sequence[str]:
@@ -80,8 +85,24 @@ class JobQueue(Protocol):
         """
         ...
 
+    def deliver(self, pieces: Sequence[tuple[Any, str, Sequence[int], Mapping[str, Any] | None]]) -> None:
+        """Deliver pieces of several jobs at a time, as an engine has them after a step.
+
+        As `token` of each job, but handed over together, which costs a fraction, and without waiting: an answer that
+        grows too far beyond what its reader takes off ends with an error, and nobody else is held up.
+
+        Args:
+            pieces: Of each the job, the text, the tokens and their log probabilities.
+        """
+        ...
+
     def report(
-        self, phase: EnginePhase, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()
+        self,
+        phase: EnginePhase,
+        *,
+        loaded_models: Sequence[str] = (),
+        loading_models: Sequence[str] = (),
+        cached_prefixes: Sequence[str] | None = None,
     ) -> None:
         """Tell the runtime what heartbeats are to say from now on.
 
@@ -89,6 +110,9 @@ class JobQueue(Protocol):
             phase: The first `"ready"` lets the worker register and take requests.
             loaded_models: Names from `Engine.models` that can answer at once.
             loading_models: Names being loaded: controllers allow requests for them more time.
+            cached_prefixes: Which prompts the engine could continue from its caches, as the hashes of
+                docs/prefix-hashes.md, at most 256. The next heartbeat has them: there is none for their sake alone.
+                `None` leaves them as they are.
         """
         ...
 
@@ -120,13 +144,22 @@ class Job(Protocol):
         """
         ...
 
-    def token(self, text: str, token_ids: Sequence[int] = ()) -> None:
+    def token(
+        self,
+        text: str,
+        token_ids: Sequence[int] = (),
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Deliver a piece of the answer.
+
+        One that nobody takes off holds up the engine, for a second at most.
 
         Args:
             text: May be empty, where tokens have no text yet (half a character) or none at all.
             token_ids: The tokens of this piece. Each generated token is given exactly once, in order: the
                 runtime counts the indexes of the stream by them.
+            logprobs: Of the tokens of this piece, in the shape of the OpenAI API's chat completions.
         """
         ...
 
@@ -248,7 +281,10 @@ class EngineRequest(Protocol):
 
     @property
     def logprobs(self) -> int | None:
-        """How many alternatives of each token to report with their log probabilities; 0 for none."""
+        """How many alternatives to report for each token, beside the log probability of the token itself.
+
+        0: the token's own alone. `None`: nothing is asked for.
+        """
         ...
 
     @property

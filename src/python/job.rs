@@ -12,8 +12,8 @@ use super::answer::PyTokenEvent;
 use super::request::PyInferenceRequest;
 use super::runtime::OfProcess;
 use super::{bridge, json};
-use crate::wire::{Finish, FinishReason, Phase, Usage};
-use crate::worker::{Job, JobQueue};
+use crate::wire::{Finish, FinishReason, Json, MOST_CACHED_PREFIXES, Phase, PrefixHashes, Usage};
+use crate::worker::{Job, JobQueue, Piece};
 
 /// How often a thread that waits for a job looks for signals.
 const SIGNALS_EVERY: Duration = Duration::from_secs(1);
@@ -49,7 +49,9 @@ impl PyJobQueue {
         let jobs = self.0.get()?;
         loop {
             let slice = left.map_or(SIGNALS_EVERY, |left| left.min(SIGNALS_EVERY));
-            if let Some(job) = py.detach(|| jobs.get(Some(slice))) {
+            // A look costs less than letting go of the interpreter, which a busy thread may keep for long.
+            let job = if slice.is_zero() { jobs.get(Some(slice)) } else { py.detach(|| jobs.get(Some(slice))) };
+            if let Some(job) = job {
                 return PyJob::new(py, job).map(Some);
             }
             py.check_signals()?;
@@ -69,17 +71,48 @@ impl PyJobQueue {
         })
     }
 
-    /// What heartbeats say from now on. The first `ready` lets the worker register.
-    #[pyo3(signature = (phase, *, loaded_models=Vec::new(), loading_models=Vec::new()))]
-    fn report(&self, phase: &str, loaded_models: Vec<String>, loading_models: Vec<String>) -> PyResult<()> {
+    /// Delivers pieces of several jobs together, without waiting for slow readers.
+    fn deliver(&self, pieces: Vec<PyPiece<'_>>) -> PyResult<()> {
+        let pieces = pieces.into_iter().map(|(job, text, token_ids, logprobs)| {
+            let (job, logprobs) = (job.get().job.get()?.clone(), passed_logprobs(logprobs.as_ref())?);
+            Ok(Piece { job, text: text.to_string_lossy().into_owned(), token_ids, logprobs })
+        });
+        let pieces: PyResult<Vec<_>> = pieces.collect();
+        self.0.get()?.deliver(pieces?);
+        Ok(())
+    }
+
+    /// What heartbeats say from now on. The first `ready` lets the worker register. `cached_prefixes` that are left out stay
+    /// as they are.
+    #[pyo3(signature = (phase, *, loaded_models=Vec::new(), loading_models=Vec::new(), cached_prefixes=None))]
+    fn report(
+        &self,
+        phase: &str,
+        loaded_models: Vec<String>,
+        loading_models: Vec<String>,
+        cached_prefixes: Option<Vec<String>>,
+    ) -> PyResult<()> {
         let known = [Phase::Loading, Phase::Ready, Phase::Draining].into_iter().find(|known| known.as_str() == phase);
         let Some(known) = known else {
             return Err(PyValueError::new_err(format!("phase is {phase:?}; 'loading', 'ready' or 'draining' is right")));
         };
-        self.0.get()?.report(known, loaded_models, loading_models);
+        let jobs = self.0.get()?;
+        if let Some(prefixes) = cached_prefixes {
+            if prefixes.len() > MOST_CACHED_PREFIXES || prefixes.iter().any(|text| PrefixHashes::parse(text).is_none()) {
+                return Err(PyValueError::new_err(format!(
+                    "cached_prefixes has {} entries; at most {MOST_CACHED_PREFIXES} are right, each of sixteen hexadecimal digits",
+                    prefixes.len()
+                )));
+            }
+            jobs.hold(prefixes);
+        }
+        jobs.report(known, loaded_models, loading_models);
         Ok(())
     }
 }
+
+/// A piece of a job's answer: its text, its tokens, their log probabilities.
+type PyPiece<'py> = (Bound<'py, PyJob>, Bound<'py, PyString>, Vec<u32>, Option<Bound<'py, PyAny>>);
 
 // === impl PyJob ===
 
@@ -117,10 +150,16 @@ impl PyJob {
     }
 
     /// Delivers a piece of the answer. One that nobody takes off holds up the engine, for a second at most.
-    #[pyo3(signature = (text, token_ids=Vec::new()))]
-    fn token(&self, py: Python<'_>, text: &Bound<'_, PyString>, token_ids: Vec<u32>) -> PyResult<()> {
+    #[pyo3(signature = (text, token_ids=Vec::new(), *, logprobs=None))]
+    fn token(
+        &self,
+        py: Python<'_>,
+        text: &Bound<'_, PyString>,
+        token_ids: Vec<u32>,
+        logprobs: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
         let job = self.job.get()?;
-        job.token(&text.to_string_lossy(), &token_ids, None);
+        job.token(&text.to_string_lossy(), &token_ids, passed_logprobs(logprobs)?);
         if !job.has_room() {
             py.detach(|| job.wait_for_room(ROOM_WITHIN));
         }
@@ -187,6 +226,10 @@ impl PyJob {
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         Ok(format!("<Job {:?} attempt {}>", self.request.bind(py).get().0.request_id, self.job.get()?.attempt()))
     }
+}
+
+fn passed_logprobs(logprobs: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Json>> {
+    logprobs.map(|logprobs| json::passed_on("logprobs", logprobs)).transpose()
 }
 
 fn seconds(timeout: f64) -> PyResult<Duration> {

@@ -63,7 +63,7 @@ mod _native {
     #[pymodule_export]
     use super::openai::{PyCompletionCall, PyStreamEncoder, error_answer, error_body, model, models};
     #[pymodule_export]
-    use super::request::PyInferenceRequest;
+    use super::request::{PyInferenceRequest, prefix_hashes};
     #[pymodule_export]
     use super::router::{PyLease, PyRouter};
     #[pymodule_export]

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple, PyType};
 
 use super::{errors, json};
-use crate::wire::{InferenceRequest, Json, Priority};
+use crate::wire::{InferenceRequest, Json, PrefixHashes, Priority};
 
 /// What is asked of a model. What is not set is left to the worker.
 ///
@@ -88,6 +88,18 @@ fn set(request: &mut InferenceRequest, name: &str, value: &Bound<'_, PyAny>) -> 
         _ => return Ok(false),
     }
     Ok(true)
+}
+
+/// The hashes of the prefixes of a prompt, as docs/prefix-hashes.md defines them, the shortest first.
+#[pyfunction]
+#[pyo3(signature = (model_id, *, prompt=None, messages=None))]
+pub(super) fn prefix_hashes(model_id: &str, prompt: Option<&str>, messages: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<String>> {
+    let hashes = match (prompt, messages) {
+        (Some(prompt), _) => PrefixHashes::of_prompt(model_id, prompt),
+        (None, Some(messages)) => PrefixHashes::of_messages(model_id, &json::passed_on("messages", messages)?),
+        (None, None) => PrefixHashes::default(),
+    };
+    Ok(hashes.hashes().iter().map(|hash| format!("{hash:016x}")).collect())
 }
 
 fn finished(mut request: InferenceRequest) -> PyInferenceRequest {

@@ -19,7 +19,7 @@ use super::worker::{Carrier, Worker};
 use crate::config::Strategy;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::wire::{Heartbeat, PrefixHashes, Registration, WorkerId};
+use crate::wire::{Heartbeat, MOST_CACHED_PREFIXES, PrefixHashes, Registration, WorkerId};
 
 /// The deciding core: who is in the fleet, and who gets a request.
 pub struct Router {
@@ -29,9 +29,6 @@ pub struct Router {
     version: AtomicU64,
     membership: watch::Sender<usize>,
 }
-
-/// What a heartbeat names beyond this is ignored.
-const MOST_CACHED_PREFIXES: usize = 256;
 
 // === impl Router ===
 

@@ -20,7 +20,7 @@ pub use json::Json;
 pub use membership::{
     Capacity, ControllerNotice, Deregistration, Feature, Heartbeat, HeartbeatMetrics, Phase, Registration, Skills, WorkerStatus,
 };
-pub use prefix::{PrefixHashes, prefix_bytes};
+pub use prefix::{MOST_CACHED_PREFIXES, PrefixHashes, prefix_bytes};
 pub use reply::{Finish, FinishReason, Reply, Token, Undecodable, Usage};
 pub use request::{Cancel, InferenceRequest, Priority, Resume, header, valid_session_id};
 

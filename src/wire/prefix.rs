@@ -14,6 +14,8 @@ use serde_json::value::RawValue;
 use super::{InferenceRequest, Json};
 use crate::fnv;
 
+/// So many hashes has a heartbeat at most; what one names beyond is ignored.
+pub const MOST_CACHED_PREFIXES: usize = 256;
 /// The first place where a hash is taken, and the unit of the distances between places.
 const BLOCK: u64 = 256;
 /// A place is followed by the next one after an eighth of its distance from the beginning, or after a block.

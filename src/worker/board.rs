@@ -1,5 +1,7 @@
 //! What the engine says of itself.
 
+use std::sync::Arc;
+
 use crate::wire::Phase;
 
 /// The engine's last report.
@@ -11,6 +13,8 @@ pub(super) struct Board {
     pub(super) loaded: Vec<String>,
     /// Models on their way into memory.
     pub(super) loading: Vec<String>,
+    /// Hashes of the prompts in its caches.
+    pub(super) cached: Arc<[String]>,
     /// It has said that it can take work.
     pub(super) was_ready: bool,
     /// It has ended, with an error where there is one.

@@ -22,6 +22,18 @@ pub struct Job {
     attempt: Arc<Attempt>,
 }
 
+/// A piece of a job's answer, for [`JobQueue::deliver`].
+pub struct Piece {
+    /// Whose.
+    pub job: Arc<Job>,
+    /// Its text.
+    pub text: String,
+    /// Its tokens.
+    pub token_ids: Vec<u32>,
+    /// Their log probabilities.
+    pub logprobs: Option<Json>,
+}
+
 // === impl JobQueue ===
 
 impl JobQueue {
@@ -58,6 +70,23 @@ impl JobQueue {
             *board = next;
             changed
         });
+    }
+
+    /// Which prompts the engine's caches hold, as hashes of [`PrefixHashes`](crate::wire::PrefixHashes): heartbeats say so from the next one
+    /// on. They change with every answer, so that they call for no heartbeat of their own.
+    pub fn hold(&self, prefixes: Vec<String>) {
+        self.0.board.send_if_modified(|board| {
+            board.cached = prefixes.into();
+            false
+        });
+    }
+
+    /// Delivers pieces of several jobs, as [`Job::token`] does: they are handed over together, which costs a fraction of one after the other.
+    pub fn deliver(&self, pieces: impl IntoIterator<Item = Piece>) {
+        let _together = self.0.outbox.gather();
+        for Piece { job, text, token_ids, logprobs } in pieces {
+            job.token(&text, &token_ids, logprobs);
+        }
     }
 
     /// The engine has ended, with an error where there is one: nobody will take jobs any more.

@@ -228,7 +228,7 @@ impl Membership {
 
     async fn heartbeat(&mut self, status: WorkerStatus) -> Result<(), ControllerError> {
         self.sequence += 1;
-        let Board { phase, loaded, loading, .. } = self.desk.board.borrow().clone();
+        let Board { phase, loaded, loading, cached, .. } = self.desk.board.borrow().clone();
         let census = self.desk.census(IDS);
         let (cpu_usage_percent, memory_used_gb) = self.machine.read();
         let heartbeat = Heartbeat {
@@ -251,7 +251,7 @@ impl Membership {
             tokens_generated: census.tally.tokens,
             phase: if status == WorkerStatus::Draining { Phase::Draining } else { phase },
             loading_models: loading,
-            cached_prefixes: Vec::new(),
+            cached_prefixes: cached.to_vec(),
         };
         publish(&self.connection, subject::heartbeat(self.connection.prefix()), &heartbeat).await
     }

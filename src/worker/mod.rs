@@ -26,6 +26,6 @@ mod runtime;
 pub mod scripted;
 mod tally;
 
-pub use job::{Job, JobQueue};
+pub use job::{Job, JobQueue, Piece};
 pub use options::WorkerOptions;
 pub use runtime::{Worker, WorkerState};

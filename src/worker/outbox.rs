@@ -31,9 +31,14 @@ pub(super) struct Outbox {
 #[derive(Default)]
 struct Waiting {
     answers: VecDeque<Arc<Answer>>,
+    /// More is coming at once: the task need not wake for what is there.
+    gathering: usize,
     /// The task is at work on one, or has put some aside.
     at_work: bool,
 }
+
+/// Something is being added to an outbox, all of it at once.
+pub(super) struct Gathering<'a>(&'a Outbox);
 
 /// What became of an answer's messages.
 enum Sent {
@@ -44,13 +49,32 @@ enum Sent {
     Full(VecDeque<Reply>),
 }
 
+// === impl Gathering ===
+
+impl Drop for Gathering<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.lock().gathering -= 1;
+        self.0.wake.notify_one();
+    }
+}
+
 // === impl Outbox ===
 
 impl Outbox {
     /// An answer has something to send.
     pub(super) fn add(&self, answer: Arc<Answer>) {
-        self.waiting.lock().answers.push_back(answer);
-        self.wake.notify_one();
+        let mut waiting = self.waiting.lock();
+        waiting.answers.push_back(answer);
+        if waiting.gathering == 0 {
+            drop(waiting);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Until the guard is dropped, what is added wakes nobody: waking for each of many costs more than sending them.
+    pub(super) fn gather(&self) -> Gathering<'_> {
+        self.waiting.lock().gathering += 1;
+        Gathering(self)
     }
 
     /// Returns when everything has gone to its carrier.

@@ -60,6 +60,28 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     del sys.modules["report"]
 
 
+@pytest.mark.model
+@pytest.mark.nats
+@pytest.mark.slow
+def test_the_workers_benchmark_compares_both_sides() -> None:
+    pytest.importorskip("mlx_lm")
+    command = [
+        sys.executable,
+        "-B",
+        str(_ROOT / "benches" / "worker.py"),
+        "--rounds=1",
+        "--requests=8",
+        "--tokens=4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True)
+    assert re.search(
+        r"round 1: direct \d+ tokens/s, through \d+ tokens/s, alone \d+ tokens/s, server \d+ tokens/s",
+        done.stdout,
+    )
+    assert re.search(r"\d\.\d\d of BatchGenerator driven directly", done.stdout)
+    assert not done.stderr
+
+
 # === the sums ===
 
 

@@ -350,9 +350,12 @@ def test_serve_and_worker_meet_and_end(tmp_path: Path, model: Path, closed: int)
     with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
         url = _url(controller)
         command = (*ROUTER, "worker", "--id", "w", "--config", "cluster.yaml", "--model", f"tiny={model}")
-        with program(*command, scratch=tmp_path) as worker:
+        with program(*command, "--max-concurrent", "3", scratch=tmp_path) as worker:
             worker.line_with("w is ready")
             assert "tiny" in json.dumps(get(f"{url}/v1/models"))
+            shown = get(f"{url}/api/cluster/workers/w")
+            assert isinstance(shown, dict)
+            assert (shown["maxConcurrent"], shown["features"]) == (3, ["batch", "resume", "cancel"])
             worker.send(signal.SIGTERM)
             assert worker.ends() == 0
             assert "w has ended" in worker.output

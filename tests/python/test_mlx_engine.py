@@ -1,165 +1,25 @@
-"""MlxEngine with the tiny model, driven through doubles of the runtime's JobQueue and Job."""
+"""MlxEngine with the tiny model: one request at a time."""
 
 from __future__ import annotations
 
 import json
-import queue
 import shutil
 import sys
-import threading
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from enginejobs import MODEL, FakeJob, Running, break_at
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from mlx_serving_router.engine import Engine
-
-MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-model" / "model"
-PATIENCE = 60  # seconds within which anything here must have happened
-UNSET: dict[str, Any] = dict.fromkeys(
-    [
-        "messages",
-        "prompt",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "logprobs",
-        "tools",
-        "tool_choice",
-        "response_format",
-        "session_id",
-        "stream",
-        "priority",
-        "resume",
-    ]
-)
-
-
-@dataclass
-class FakeJob:
-    """Records what the engine does with a job; `on_token` runs on the engine's thread after each piece."""
-
-    request: Any
-    on_token: Callable[[FakeJob], None] = lambda _: None
-    attempt: int = 1
-    cancelled: bool = False
-    pieces: list[tuple[str, list[int]]] = field(default_factory=list)
-    end: SimpleNamespace | None = None
-    looked: int = 0
-
-    def token(self, text: str, token_ids: Sequence[int] = ()) -> None:
-        assert self.end is None
-        self.pieces.append((text, list(token_ids)))
-        self.on_token(self)
-
-    def done(self, finish_reason: str = "stop", **usage: Any) -> None:
-        assert self.end is None
-        self.end = SimpleNamespace(code=None, finish_reason=finish_reason, **usage)
-
-    def error(self, code: str, message: str, *, retry_after_ms: int | None = None) -> None:
-        assert self.end is None
-        self.end = SimpleNamespace(code=code, message=message, retry_after_ms=retry_after_ms)
-
-    @property
-    def text(self) -> str:
-        return "".join(text for text, _ in self.pieces)
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token for _, ids in self.pieces for token in ids]
-
-
-class FakeQueue:
-    """A JobQueue on which `get` also says when the job before it is finished with."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.Queue[FakeJob | None] = queue.Queue()
-        self._finished: queue.Queue[None] = queue.Queue()
-        self._taken = False
-        self.closed = False
-        self.reports: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
-        self.ready = threading.Event()
-
-    def get(self, timeout: float | None = None) -> FakeJob | None:
-        if self._taken:
-            self._finished.put(None)
-        job = self._jobs.get(timeout=PATIENCE if timeout is None else timeout)
-        self._taken = job is not None
-        return job
-
-    def report(
-        self, phase: str, *, loaded_models: Sequence[str] = (), loading_models: Sequence[str] = ()
-    ) -> None:
-        self.reports.append((phase, tuple(loaded_models), tuple(loading_models)))
-        if phase == "ready":
-            self.ready.set()
-
-    def serve(self, job: FakeJob) -> FakeJob:
-        self._jobs.put(job)
-        self._finished.get(timeout=PATIENCE)
-        return job
-
-    def close(self) -> None:
-        self.closed = True
-        self._jobs.put(None)
-
-
-class Running:
-    """An engine on its thread, and the shortest way to ask it something."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.jobs = FakeQueue()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine")
-        self._thread.start()
-
-    def _run(self, engine: Engine) -> None:
-        try:
-            engine.run(self.jobs)
-        except BaseException as error:  # noqa: BLE001 - handed to the test's thread by stop()
-            self._failure = error
-
-    def ask(
-        self,
-        question: str | None = None,
-        *,
-        on_token: Callable[[FakeJob], None] = lambda _: None,
-        **fields: Any,
-    ) -> FakeJob:
-        if question is not None:
-            fields["messages"] = [{"role": "user", "content": question}]
-        request = SimpleNamespace(**{**UNSET, "request_id": "r-1", "model_id": "tiny", **fields})
-        return self.jobs.serve(FakeJob(request, on_token))
-
-    def stop(self) -> None:
-        """Close the queue and raise what the engine raised."""
-        self.jobs.close()
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-        if self._failure is not None:
-            raise self._failure
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Running]:
     pytest.importorskip("mlx_lm")
-    from mlx_serving_router.mlx import MlxEngine
-
-    running = Running(MlxEngine({"tiny": MODEL}))
-    assert running.jobs.ready.wait(PATIENCE)
+    running = Running.tiny()
     yield running
     running.stop()
 
@@ -318,6 +178,35 @@ def test_no_temperature_is_greedy(engine: Running, temperature: float) -> None:
     assert job.text == "The capital of France is Paris."
 
 
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"question": "What is the capital of France?"},
+        {"question": "Show me some Unicode."},
+        {"question": "Tell me a story.", "stop": ["stood"]},
+        {"question": "Count to ten.", "temperature": 2.0, "seed": 4},
+        {"prompt": "The capital of France", "max_tokens": 10},
+    ],
+    ids=str,
+)
+def test_reports_log_probabilities_of_every_token(engine: Running, asked: dict[str, Any]) -> None:
+    job = engine.ask(**asked, logprobs=3)
+    assert job.token_ids == engine.ask(**asked).token_ids
+    assert len(job.logprobs) == len(job.token_ids)
+    for entry in job.logprobs:
+        values = [other["logprob"] for other in entry["top_logprobs"]]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert entry["logprob"] <= values[0] <= 0
+        if "temperature" not in asked:
+            assert entry["token"] == entry["top_logprobs"][0]["token"]
+        if entry["bytes"] is not None:
+            assert bytes(entry["bytes"]).decode() == entry["token"]
+    assert engine.ask(**asked, logprobs=0).logprobs[0] == job.logprobs[0] | {"top_logprobs": []}
+    assert engine.ask(**asked).logprobs == []
+
+
 # === failure and cancellation ===
 
 
@@ -330,28 +219,6 @@ def test_cancelling_ends_within_a_token(engine: Running) -> None:
     assert len(job.pieces) == 5
     assert job.end is None, "the runtime answers a cancelled job, the engine lets go of it"
     assert engine.ask("What is two plus two?").text == "Two plus two is four."
-
-
-@pytest.mark.model
-def test_cancelling_ends_a_long_prompt() -> None:
-    pytest.importorskip("mlx_lm")
-    from mlx_serving_router.mlx import MlxEngine
-
-    class CancelledOnThirdLook(FakeJob):
-        @property  # type: ignore[override]
-        def cancelled(self) -> bool:
-            self.looked += 1
-            return self.looked >= 3
-
-        @cancelled.setter
-        def cancelled(self, value: bool) -> None:
-            pass
-
-    running = Running(MlxEngine({"tiny": MODEL}, prefill_step_size=16))
-    request = SimpleNamespace(**{**UNSET, "request_id": "r", "model_id": "tiny", "prompt": "cat " * 400})
-    job = running.jobs.serve(CancelledOnThirdLook(request))
-    running.stop()
-    assert (job.looked, job.pieces, job.end) == (3, [], None)
 
 
 @pytest.mark.model
@@ -380,12 +247,12 @@ def test_a_bad_request_is_refused_and_harms_no_other(engine: Running, fields: di
 
 @pytest.mark.model
 def test_a_request_that_breaks_fails_alone_and_quotes_nothing(
-    engine: Running, caplog: pytest.LogCaptureFixture
+    engine: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: FakeJob) -> None:
-        raise RuntimeError("the consumer broke")
-
-    assert engine.ask("Hello", on_token=broken).end.code == "WORKER_UNAVAILABLE"
+    break_at(monkeypatch, "broken", 3)
+    job = engine.ask("Hello", request_id="broken")
+    assert (job.end.code, len(job.token_ids)) == ("WORKER_UNAVAILABLE", 3)
+    assert "sesame" not in job.end.message + caplog.text
     job = engine.ask("open sesame \ud83d")  # half a surrogate pair: no tokenizer takes it
     assert job.end.code == "WORKER_UNAVAILABLE"
     assert "sesame" not in job.end.message + caplog.text

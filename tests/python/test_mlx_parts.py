@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlx_serving_router._mlx_request import InvalidRequestError, Parameters, chat_messages
-from mlx_serving_router._mlx_text import IncrementalDecoder, StopMatcher
+from mlx_serving_router.mlx._request import InvalidRequestError, Parameters, chat_messages
+from mlx_serving_router.mlx._text import IncrementalDecoder, StopMatcher
 
 UNSET: dict[str, Any] = dict.fromkeys(
     [
@@ -52,9 +52,12 @@ UNSET: dict[str, Any] = dict.fromkeys(
         {"logit_bias": {"-1": 1.0}},
         {"logit_bias": {"a": 1.0}},
         {"logit_bias": {"1": 101.0}},
-        {"logprobs": 2},
+        {"logprobs": 21},
+        {"logprobs": -1},
         {"response_format": {"type": "json_object"}},
-        {"resume": {"tokenIds": [1], "text": "a"}},
+        {"resume": {"tokenIds": [100], "text": "a"}},
+        {"resume": {"tokenIds": [-1], "text": "a"}},
+        {"resume": {"tokenIds": [1], "text": None}},
     ],
     ids=str,
 )
@@ -67,7 +70,6 @@ def test_parameters_have_defaults_and_neutral_values() -> None:
     neutral = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
     neutral |= {
         "logit_bias": {},
-        "logprobs": 0,
         "stop": [],
         "response_format": {"type": "text"},
         "temperature": 0,

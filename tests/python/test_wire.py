@@ -17,6 +17,7 @@ import pytest
 
 from cluster import PATIENCE, Cluster, ask, failure, read, settings, text, until
 from mlx_serving_router import ControllerError, ControllerNode, InferenceRequest, TokenEvent, WorkerNode
+from mlx_serving_router._native import prefix_hashes
 from rawworker import ANSWER, RawWorker, answers, fails, in_turn, stalls, waits
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def test_the_hashes_of_prefixes_are_those_that_the_page_for_workers_defines() ->
     for case in cases("prefixes.json"):
         assert defined["prefix_hashes"](case["message"]) == case["means"]["hashes"], case["name"]
         assert len(defined["text"](case["message"])) == case["means"]["bytes"], case["name"]
+        fields = {key: case["message"].get(key) for key in ("prompt", "messages")}
+        assert prefix_hashes(case["message"]["modelId"], **fields) == case["means"]["hashes"], case["name"]
 
 
 def test_a_request_without_an_id_gets_one() -> None:

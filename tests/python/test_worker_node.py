@@ -185,6 +185,72 @@ async def test_an_engine_answers_in_the_order_of_the_wire(fleet: Fleet) -> None:
     assert engine.threads[0] != threading.get_ident()
 
 
+async def test_an_engine_says_what_it_can_do_and_how_much_at_a_time(fleet: Fleet) -> None:
+    class Several(Echo):
+        max_concurrent = 3
+        features = ("resume", "batch")
+
+    registrations = await fleet.listen("worker.register")
+    async with WorkerNode(Several(), config=fleet.config(), worker_id="w"):
+        registration = await heard(registrations)
+        assert registration["capacity"]["maxConcurrent"] == 3
+        assert set(registration["features"]) == {"resume", "batch", "cancel"}
+    async with WorkerNode(Several(), config=fleet.config(), worker_id="w", max_concurrent=2):
+        assert (await heard(registrations))["capacity"]["maxConcurrent"] == 2
+
+
+async def test_an_engine_delivers_pieces_of_several_jobs_together(fleet: Fleet) -> None:
+    class Together(Echo):
+        max_concurrent = 3
+
+        def run(self, jobs: JobQueue) -> None:
+            jobs.report("ready", loaded_models=self.models)
+            taken = [jobs.get() for _ in range(3)]
+            entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
+            for number in range(3):
+                jobs.deliver([(job, f"{number} ", [number], {"content": [entry]}) for job in taken])
+            for job in taken:
+                assert job is not None
+                job.done()
+            jobs.deliver([(job, "late", [4], None) for job in taken])
+            jobs.deliver([])
+            assert jobs.get() is None
+
+    async with WorkerNode(Together(), config=fleet.config(), worker_id="w"):
+        asked = [await fleet.ask("w") for _ in range(3)]
+        for answers in asked:
+            _, *tokens, done = await answers.rest()
+            assert "".join(token["token"] for token in tokens) == "0 1 2 "
+            assert [token["index"] for token in tokens] == [0, 1, 2]
+            assert tokens[0]["logprobs"]["content"][0]["token"] == "a"
+            assert done["totalTokens"] == 3
+
+
+async def test_an_engine_tells_log_probabilities_and_what_it_holds(fleet: Fleet) -> None:
+    class Telling(Echo):
+        def run(self, jobs: JobQueue) -> None:
+            jobs.report("ready", loaded_models=self.models)
+            with pytest.raises(ValueError, match="sixteen"):
+                jobs.report("ready", cached_prefixes=["short"])
+            while (job := jobs.get()) is not None:
+                entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
+                job.token("a", [1], logprobs={"content": [entry]})
+                jobs.report("ready", loaded_models=self.models, cached_prefixes=["0123456789abcdef"])
+                job.done()
+                jobs.report("ready", loaded_models=self.models)
+
+    heartbeats = await fleet.listen("worker.heartbeat")
+    async with WorkerNode(Telling(), config=fleet.config(heartbeat_interval_ms=100), worker_id="w"):
+        assert (await heard(heartbeats))["cachedPrefixes"] == []
+        _, token, _ = await (await fleet.ask("w")).rest()
+        assert token["logprobs"]["content"][0]["logprob"] == -0.5
+        buffered = (await (await fleet.ask("w", stream=False)).rest())[-1]
+        assert buffered["logprobs"] == token["logprobs"]
+        while (heartbeat := await heard(heartbeats))["cachedPrefixes"] == []:
+            pass
+        assert heartbeat["cachedPrefixes"] == ["0123456789abcdef"]
+
+
 async def test_a_cancellation_stops_the_engine_and_frees_its_place(fleet: Fleet) -> None:
     engine = Echo()
     async with WorkerNode(engine, config=fleet.config(), worker_id="w", max_queue=1):

@@ -57,8 +57,11 @@ async fn a_worker_appears_serves_and_goes() {
     let job = tokio::time::timeout(PATIENCE, worker.jobs().next()).await.unwrap().unwrap();
     job.token("Hel", &[1], None);
     assert!(matches!(reply(&mut mailbox).await, Reply::Token(token) if token.index == 0 && token.text == "Hel"));
+    worker.jobs().hold(vec!["00000000000000ff".into()]);
+    assert!(tokio::time::timeout(Duration::from_millis(50), fleet.heartbeats.next()).await.is_err(), "it can wait");
     worker.jobs().report(Phase::Loading, vec!["tiny".into()], vec!["tiny".into()]);
     let heartbeat = message(&mut fleet.heartbeats).await;
+    assert_eq!(heartbeat["cachedPrefixes"], json!(["00000000000000ff"]));
     assert_eq!((&heartbeat["sequence"], &heartbeat["phase"]), (&json!(2), &json!("loading")));
     assert_eq!((&heartbeat["activeRequestIds"], &heartbeat["loadingModels"]), (&json!(["r"]), &json!(["tiny"])));
 

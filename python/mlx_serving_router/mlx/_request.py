@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_SEED: Final = 2**64
 """Seeds are taken modulo this: mlx's generator takes 64 bits, and a negative seed is as good as another."""
 
+_MOST_ALTERNATIVES: Final = 20  # the OpenAI API's
 _GREEDY_BELOW: Final = 1e-5  # a lower temperature would overflow float32 logits; it means greedy anyway
 
 
@@ -41,6 +42,12 @@ class Parameters:
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float]
+    logprobs: int | None
+    """How many alternatives to report beside each token's own; `None` for no report."""
+    resumed: tuple[int, ...]
+    """Tokens of the answer that were delivered already."""
+    resumed_text: str
+    """What was shown of them."""
 
     @classmethod
     def from_request(cls, request: EngineRequest, *, default_max_tokens: int, vocabulary: int) -> Parameters:
@@ -55,16 +62,13 @@ class Parameters:
             InvalidRequestError: A value is out of its range, or asks for something that this engine cannot
                 do.
         """
-        if request.resume:
-            raise InvalidRequestError("this engine does not continue answers that another worker began")
-        if request.logprobs:
-            raise InvalidRequestError("this engine does not report logprobs; leave logprobs unset")
         if request.response_format and request.response_format.get("type") != "text":
             raise InvalidRequestError(
                 "this engine does not constrain its answers; the only response_format is text"
             )
         top_k = _integer("top_k", request.top_k, 0, low=-1)
         temperature = _number("temperature", request.temperature, 0.0, low=0.0)
+        resumed, resumed_text = _resumed(request.resume or {}, vocabulary)
         return cls(
             max_tokens=_integer("max_tokens", request.max_tokens, default_max_tokens, low=1),
             temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
@@ -81,6 +85,9 @@ class Parameters:
                 "frequency_penalty", request.frequency_penalty, 0.0, low=-2.0, high=2.0
             ),
             logit_bias=_logit_bias(request.logit_bias or {}, vocabulary),
+            logprobs=_logprobs(request.logprobs, vocabulary),
+            resumed=resumed,
+            resumed_text=resumed_text,
         )
 
 
@@ -179,3 +186,21 @@ def _logit_bias(bias: Mapping[str, float], vocabulary: int) -> dict[int, float]:
             raise InvalidRequestError(f"the keys of logit_bias must be token ids from 0 to {vocabulary - 1}")
         checked[token] = _number("a value of logit_bias", value, 0.0, low=-100.0, high=100.0)
     return checked
+
+
+def _logprobs(wanted: Any, vocabulary: int) -> int | None:
+    if wanted is None:
+        return None
+    most = min(_MOST_ALTERNATIVES, vocabulary)
+    if _integer("logprobs", wanted, 0, low=0) > most:
+        raise InvalidRequestError(f"logprobs must be at most {most}")
+    return int(wanted)
+
+
+def _resumed(resume: Mapping[str, Any], vocabulary: int) -> tuple[tuple[int, ...], str]:
+    tokens, text = resume.get("tokenIds", ()), resume.get("text", "")
+    if not isinstance(tokens, list | tuple) or not isinstance(text, str):
+        raise InvalidRequestError("resume must have tokenIds, a list, and text, a string")
+    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in tokens):
+        raise InvalidRequestError(f"resume.tokenIds must be token ids from 0 to {vocabulary - 1}")
+    return tuple(tokens), text

@@ -31,22 +31,23 @@ class IncrementalDecoder:
         self._decode = decode
         self._ids = list(context)
         self._shown = len(self._ids)  # tokens in front of here have been turned into text
+        self._before = decode(self._ids) if self._ids else ""  # the text of those
 
     def push(self, token: int) -> str:
         """The text that is complete with this token; empty while a character is still missing bytes."""
         self._ids.append(token)
-        before = self._decode(self._ids[: self._shown])
         text = self._decode(self._ids)
-        if len(text) <= len(before) or text.endswith(_INCOMPLETE):
+        if len(text) <= len(self._before) or text.endswith(_INCOMPLETE):
             return ""
+        added = text[len(self._before) :]
         self._ids = self._ids[self._shown :]
         self._shown = len(self._ids)
-        return text[len(before) :]
+        self._before = self._decode(self._ids)
+        return added
 
     def finish(self) -> str:
         """What `push` still holds back, without the bytes of a character that never became complete."""
-        before = self._decode(self._ids[: self._shown])
-        return self._decode(self._ids)[len(before) :].rstrip(_INCOMPLETE)
+        return self._decode(self._ids)[len(self._before) :].rstrip(_INCOMPLETE)
 
 
 class StopMatcher:
@@ -66,6 +67,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The text that can no longer become part of a stop string. Sets `stopped` when one is complete."""
+        if not self._stops:
+            return text
         held = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if matches:
