@@ -846,7 +846,7 @@ class Router:
 
         Raises:
             ControllerError: NO_WORKERS_AVAILABLE, MODEL_NOT_FOUND, NO_HEALTHY_WORKERS, or QUEUE_FULL where all are
-                full.
+                full or want to be left alone; INVALID_SESSION_ID.
         """
 
     def workers(self) -> list[WorkerInfo]:
@@ -856,7 +856,7 @@ class Router:
         """One worker; `None` where it is not known."""
 
     def drain_worker(self, worker_id: str) -> bool:
-        """Give a worker nothing new. False: it is not known."""
+        """Give a worker nothing new; to have it back, remove it and add it again. False: it is not known."""
 
     def get_circuit_breaker_stats(self) -> dict[str, BreakerStats]:
         """What the circuit breakers have seen, by worker; empty where they are disabled."""

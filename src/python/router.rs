@@ -20,6 +20,7 @@ use crate::error::{ControllerError, ControllerErrorCode};
 use crate::routing::{Carrier, Lease, LeftOut, Outcome, Query, Refusal, Registered, Router, RouterSettings};
 use crate::wire::{
     Capacity, Heartbeat, HeartbeatMetrics, PROTOCOL, Phase, PrefixHashes, Registration, Skills, WorkerId, WorkerStatus,
+    check_session_id,
 };
 
 /// How often a selection also does what is due by the clock.
@@ -218,7 +219,8 @@ impl PyRouter {
     ///     prompt: What will be asked, as one text; only the strategy `prefix_aware` looks at it, and keeps hashes alone.
     ///
     /// Raises:
-    ///     ControllerError: NO_WORKERS_AVAILABLE, MODEL_NOT_FOUND, NO_HEALTHY_WORKERS, or QUEUE_FULL where all are full.
+    ///     ControllerError: NO_WORKERS_AVAILABLE, MODEL_NOT_FOUND, NO_HEALTHY_WORKERS, or QUEUE_FULL where all are full or
+    ///         want to be left alone; INVALID_SESSION_ID.
     #[pyo3(signature = (model_id, session_id=None, exclude=Vec::new(), *, explain=false, prompt=None),
         text_signature = "($self, model_id, session_id=None, exclude=(), *, explain=False, prompt=None)")]
     fn select(
@@ -232,6 +234,7 @@ impl PyRouter {
     ) -> PyResult<PyLease> {
         let now = Instant::now();
         self.expire(now);
+        errors::unwrap(py, session_id.map_or(Ok(()), check_session_id))?;
         let exclude = exclude.iter().map(|name| worker_id(name)).collect::<PyResult<Vec<_>>>()?;
         let prompt = prompt.filter(|_| self.router.wants_prefixes()).map(|text| PrefixHashes::of_prompt(model_id, text));
         let query = Query { model_id, session_id, exclude: &exclude, worker_id: None, prompt: prompt.as_ref() };
@@ -258,7 +261,7 @@ impl PyRouter {
         self.router.worker(worker_id, Instant::now()).map(PyWorkerInfo::from)
     }
 
-    /// Gives a worker nothing new. False: it is not known.
+    /// Gives a worker nothing new; to have it back, remove it and add it again. False: it is not known.
     fn drain_worker(&self, worker_id: &str) -> bool {
         self.router.drain(worker_id, Instant::now())
     }

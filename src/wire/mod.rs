@@ -22,7 +22,7 @@ pub use membership::{
 };
 pub use prefix::{MOST_CACHED_PREFIXES, PrefixHashes, prefix_bytes};
 pub use reply::{Finish, FinishReason, Reply, Token, Undecodable, Usage};
-pub use request::{Cancel, InferenceRequest, Priority, Resume, header, valid_session_id};
+pub use request::{Cancel, InferenceRequest, Priority, Resume, check_session_id, header, valid_session_id};
 
 /// The protocol that this crate speaks, as a registration's `protocol` says it.
 pub const PROTOCOL: u32 = 1;

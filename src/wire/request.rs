@@ -165,18 +165,23 @@ impl InferenceRequest {
         {
             return Err(invalid("stop", "contains an empty text, which would end every answer at once"));
         }
-        match &self.session_id {
-            Some(session) if !valid_session_id(session) => Err(ControllerError::new(
-                ControllerErrorCode::InvalidSessionId,
-                format!(
-                    "session_id has {} characters or unprintable ones; 1 to 256 printable characters are allowed",
-                    session.chars().count()
-                ),
-            )
-            .with("field", "session_id")),
-            _ => Ok(()),
-        }
+        self.session_id.as_deref().map_or(Ok(()), check_session_id)
     }
+}
+
+/// Whether a text can name a session.
+///
+/// # Errors
+/// INVALID_SESSION_ID.
+pub fn check_session_id(session: &str) -> Result<(), ControllerError> {
+    if valid_session_id(session) {
+        return Ok(());
+    }
+    let message = format!(
+        "session_id has {} characters or unprintable ones; 1 to 256 printable characters are allowed",
+        session.chars().count()
+    );
+    Err(ControllerError::new(ControllerErrorCode::InvalidSessionId, message).with("field", "session_id"))
 }
 
 /// Whether a text may name a session: 1 to 256 printable characters.

@@ -281,8 +281,8 @@ async def test_a_stream_that_nobody_reads_is_ended() -> None:
         for _ in range(100_000):
             yield "on "
 
-    # The idle limit is that of the reader, too.
-    async with ControllerNode(config(streamIdleTimeoutMs=1000)) as controller:
+    # The idle limit is that of the reader, too. Making 100,000 events stops the reader for the collector now and then.
+    async with ControllerNode(config(streamIdleTimeoutMs=3000)) as controller:
         controller.add_local_worker(babbles, models=["tiny"])
         stream = await controller.handle_streaming_request(asked())
         other = await controller.handle_streaming_request(asked())

@@ -140,7 +140,9 @@ async def test_a_task_that_nobody_holds_is_not_collected(nats: NatsServer, nats_
         await job.token("lo")
         await job.done()
 
-    async with Cluster(nats.url, nats_prefix, plan=plan) as cluster:
+    # The collector may take long where much was imported, and nothing is delivered meanwhile.
+    patient = {"requestRouting": {"streamIdleTimeoutMs": 60_000, "timeoutMs": 60_000}}
+    async with Cluster(nats.url, nats_prefix, plan=plan, **patient) as cluster:
         for _ in range(5):
             asyncio.ensure_future(call("buffered"))  # noqa: RUF006 that nobody holds it is the point
             asyncio.ensure_future(call("streaming"))  # noqa: RUF006

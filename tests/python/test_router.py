@@ -246,3 +246,12 @@ def test_a_seed_decides_every_choice() -> None:
 
     assert picks(1) == picks(1)
     assert picks(1) != picks(2)
+
+
+@pytest.mark.parametrize("session", ["", "a\nb", "x" * 257])
+def test_a_session_that_the_controller_would_refuse_is_refused(session: str) -> None:
+    router = Router()
+    router.add_worker("w", ["m"])
+    with pytest.raises(ControllerError, match="session_id") as refused:
+        router.select("m", session)
+    assert refused.value.code == "INVALID_SESSION_ID"

@@ -273,7 +273,10 @@ async def test_the_configuration_of_a_fleet_elsewhere_is_used_here(tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"worker_count": -1}, "worker_count is -1; 0 or more"),
+        ({"worker_count": -1}, "worker_count is -1; 0 to 1000"),
+        ({"worker_count": 10**9}, "worker_count is 1000000000; 0 to 1000"),
+        ({"nats_port": -1}, "nats_port is -1; 0 to 65535"),
+        ({"controller_port": 99_999}, "controller_port is 99999; 0 to 65535"),
         ({"transport": "carrier-pigeon"}, "'nats' or 'local'"),
         ({"models": []}, "name at least one model"),
         ({"models": "tiny"}, "a list of names"),

@@ -43,6 +43,8 @@ SHORT_LIMITS: Final[Mapping[str, Any]] = {
 """What a `TestCluster` is set to beside the defaults: limits that no test waits long for."""
 
 _PAUSE: Final = 0.005
+_MOST_WORKERS: Final = 1000
+_MOST_PORT: Final = 65535
 
 
 class TestCluster:
@@ -90,8 +92,11 @@ class TestCluster:
         features: Sequence[Literal["resume", "cancel", "batch"]] = ("cancel",),
         loading_ms: int = 0,
     ) -> None:
-        if worker_count < 0:
-            raise ValueError(f"worker_count is {worker_count}; 0 or more is right")
+        if not 0 <= worker_count <= _MOST_WORKERS:
+            raise ValueError(f"worker_count is {worker_count}; 0 to {_MOST_WORKERS} is right")
+        for name, port in (("nats_port", nats_port), ("controller_port", controller_port or 0)):
+            if not 0 <= port <= _MOST_PORT:
+                raise ValueError(f"{name} is {port}; 0 to {_MOST_PORT} is right, and 0 takes any free one")
         if transport not in ("nats", "local"):
             raise ValueError(f"transport is {transport!r}; 'nats' or 'local' is right")
         self._settings = _settings(config)
