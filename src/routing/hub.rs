@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::breaker::{BreakerReason, CircuitState, Transition};
+use super::breaker::{BreakerReason, Transition};
 use super::dice::Dice;
 use super::event::{Observer, RouterEvent};
 use super::fleet::Fleet;
@@ -94,9 +94,8 @@ impl Hub {
                 self.rate_openings.fetch_add(1, Ordering::SeqCst);
             }
             (self.observer)(RouterEvent::BreakerChanged { worker_id: worker.id.clone(), from, to, reason });
-            if to == CircuitState::Closed {
-                self.capacity_freed.notify_waiters();
-            }
+            // An opened one, too, is news to those who wait: that may have been the last to wait for.
+            self.capacity_freed.notify_waiters();
         }
         transition.is_some()
     }
