@@ -88,16 +88,16 @@ impl Router {
     }
 
     /// Does what is due by the clock: workers go offline or are forgotten, breakers become half-open, sessions expire. To
-    /// be called every so often; nothing that [`Self::select`] decides waits for it but silence.
+    /// be called every so often; nothing that [`Self::select`] decides waits for it but silence and the end of a
+    /// flap hold.
     pub fn expire(&self, now: Instant) {
         self.with_registry(|registry, effects| registry.expire(now, effects));
         self.hub.sessions.lock().expire(now);
         self.hub.prefixes.lock().expire(now);
-        let mut rested = false;
         let mut open_by_rate = false;
         let openings = self.hub.rate_openings();
         for worker in self.fleet().workers.values() {
-            rested |= worker.load.has_rested(now);
+            worker.settle(now);
             let Some((breaker, settings)) = worker.breaker() else { continue };
             let transition = breaker.tick(settings, now);
             open_by_rate |= breaker.opened_by_rate();
@@ -105,9 +105,6 @@ impl Router {
         }
         if !open_by_rate {
             self.hub.rates_settled(openings);
-        }
-        if rested {
-            self.hub.capacity_freed.notify_waiters();
         }
     }
 

@@ -245,6 +245,36 @@ async fn whoever_waits_hears_when_nobody_is_left_to_wait_for() {
     }
 }
 
+#[tokio::test]
+async fn whoever_waits_hears_of_room_that_the_clock_gives_back() {
+    // By the tick, or by a selection for another model, which sets right everybody's account.
+    let ways: [fn(&World); 2] =
+        [|world| world.router.expire(world.now), |world| assert!(world.query(&Query { model_id: "x", ..ANY }).is_err())];
+    for look in ways {
+        let mut world = World::of(1, 1);
+        let mut report = heartbeat("w0", "1", 1);
+        report.active_request_ids = Some(vec!["theirs".into()]);
+        world.beat(&report);
+        world.pass(14_999);
+        // It missed heartbeats by then.
+        world.router.expire(world.now);
+        let router = world.router.clone();
+        let mut freed = std::pin::pin!(router.capacity_freed().notified());
+        freed.as_mut().enable();
+        assert_eq!(world.select().unwrap_err(), Refusal::Full);
+        look(&world);
+        assert!(futures_util::poll!(freed.as_mut()).is_pending());
+        // A sign of life that says nothing of requests: or it would be offline as well.
+        world.register(&registration("w0", "1", &["m"], 1));
+        freed.set(router.capacity_freed().notified());
+        freed.as_mut().enable();
+        world.pass(1);
+        look(&world);
+        assert!(futures_util::poll!(freed.as_mut()).is_ready());
+        drop(world.select().unwrap());
+    }
+}
+
 #[test]
 fn a_new_worker_warms_up() {
     for strategy in [Strategy::LeastRequests, Strategy::RoundRobin, Strategy::WeightedRandom, Strategy::PeakEwma] {
