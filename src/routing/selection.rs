@@ -322,12 +322,16 @@ impl Hub {
 
 /// Takes a place and a permit; `None` when the worker cannot give them any more.
 fn claim(worker: &Arc<Worker>, choice: Choice, panic: bool, now: Instant) -> Option<Lease> {
+    // Whoever cannot be had is not entered: giving the place back would wake those who wait, again and again.
+    worker.presence()?;
     if !worker.load.try_enter(now) {
         return None;
     }
     let Some(presence) = worker.presence() else {
-        // Nobody else can take this place either: there is nothing to tell those who wait.
-        worker.load.leave();
+        // It may be back before the place is.
+        if worker.load.leave() {
+            worker.hub.capacity_freed.notify_waiters();
+        }
         return None;
     };
     // From here on the lease gives the place back, whatever happens.
