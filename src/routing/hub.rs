@@ -58,10 +58,11 @@ impl Hub {
     }
 
     /// Sets right in everybody's account what the clock alone has changed until now.
-    pub(super) fn settle(&self, fleet: &Fleet, now: Instant) {
+    pub(super) fn settle(&self, now: Instant) {
         if self.ledger.is_due(now) {
             self.ledger.settle();
-            fleet.workers.values().for_each(|worker| worker.settle(now));
+            // Whoever was due before that is in the picture that is there now.
+            self.fleet.load().workers.values().for_each(|worker| worker.settle(now));
         }
     }
 

@@ -259,7 +259,7 @@ impl Router {
     /// The same, with everybody's account as it has to be at this time.
     pub(super) fn fleet_at(&self, now: Instant) -> Guard<Arc<Fleet>> {
         let fleet = self.fleet();
-        self.hub.settle(&fleet, now);
+        self.hub.settle(now);
         fleet
     }
 

@@ -298,7 +298,7 @@ impl Hub {
     /// Who was no candidate beside the chosen worker, if one was, and why, as it looks now.
     pub(super) fn left_out(&self, query: &Query<'_>, chosen: Option<&Worker>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
         let fleet = self.fleet.load();
-        self.settle(&fleet, now);
+        self.settle(now);
         let model = fleet.model(query.model_id);
         let panic = model.is_some_and(|model| self.panics(&fleet, model));
         let is_chosen = |worker: &Worker| chosen.is_some_and(|chosen| chosen.life == worker.life);
