@@ -6,8 +6,9 @@
 //! `watch` and `mpsc`, cancellation tokens.
 //!
 //! To shuttle every access to an atomic comes before or after every other, whatever its `Ordering`. What asks for less is
-//! therefore either one step on one number, as counts are, or advice that is looked at again under a lock before it counts:
-//! a breaker's gate, a worker's standing, the version of the fleet.
+//! therefore either one step on one number, as counts are, or advice. Advice that is looked at again under a lock before it
+//! counts: a breaker's gate, a worker's standing, the version of the fleet. What the ledger says is advice too; no lock follows,
+//! but whoever is to be chosen is asked, and everybody before all are called full.
 
 #[cfg(feature = "shuttle")]
 pub(crate) use self::scheduled::{Mutex, MutexGuard};

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::breaker::{BreakerReason, CircuitState, Transition};
+use super::breaker::{BreakerReason, Transition};
 use super::dice::Dice;
 use super::event::{Observer, RouterEvent};
 use super::fleet::Fleet;
@@ -58,10 +58,11 @@ impl Hub {
     }
 
     /// Sets right in everybody's account what the clock alone has changed until now.
-    pub(super) fn settle(&self, fleet: &Fleet, now: Instant) {
+    pub(super) fn settle(&self, now: Instant) {
         if self.ledger.is_due(now) {
             self.ledger.settle();
-            fleet.workers.values().for_each(|worker| worker.settle(now));
+            // Whoever was due before that is in the picture that is there now.
+            self.fleet.load().workers.values().for_each(|worker| worker.settle(now));
         }
     }
 
@@ -94,9 +95,8 @@ impl Hub {
                 self.rate_openings.fetch_add(1, Ordering::SeqCst);
             }
             (self.observer)(RouterEvent::BreakerChanged { worker_id: worker.id.clone(), from, to, reason });
-            if to == CircuitState::Closed {
-                self.capacity_freed.notify_waiters();
-            }
+            // An opened one, too, is news to those who wait: that may have been the last to wait for.
+            self.capacity_freed.notify_waiters();
         }
         transition.is_some()
     }

@@ -78,7 +78,7 @@ impl Ledger {
         account
     }
 
-    /// All accounts that are open now.
+    /// All pages until now, closed accounts in them too.
     pub(super) fn pages(&self) -> Box<[Arc<Page>]> {
         self.pages.lock().pages.as_slice().into()
     }
@@ -90,17 +90,17 @@ impl Ledger {
 
     /// Whether an account may be wrong by the clock alone: all have to be set right, see [`Self::settle`].
     pub(super) fn is_due(&self, now: Instant) -> bool {
-        self.nanos(now) >= self.due.load(Ordering::Relaxed)
+        self.nanos(now) >= self.due.load(Ordering::Acquire)
     }
 
     /// There are accounts that were not set right with the others: all are due.
     pub(super) fn hurry(&self) {
-        self.due.store(0, Ordering::Relaxed);
+        self.due.store(0, Ordering::Release);
     }
 
     /// All accounts are about to be set right: each says again when it is due.
     pub(super) fn settle(&self) {
-        self.due.store(u64::MAX, Ordering::Relaxed);
+        self.due.swap(u64::MAX, Ordering::AcqRel);
     }
 
     fn nanos(&self, at: Instant) -> u64 {
@@ -150,7 +150,7 @@ impl Account {
 
     /// From this time on it may be wrong.
     pub(super) fn is_due_at(&self, at: Instant) {
-        self.ledger.due.fetch_min(self.ledger.nanos(at), Ordering::Relaxed);
+        self.ledger.due.fetch_min(self.ledger.nanos(at), Ordering::AcqRel);
     }
 
     /// Gives it up, for another worker to have.

@@ -89,18 +89,31 @@ impl Load {
 
     /// Takes a place, unless there is none: of racing callers no more get one than there are.
     pub(super) fn try_enter(&self, now: Instant) -> bool {
-        !self.is_held_back(now) && self.account.update(|entry| self.without_outdated(entry, now).enter(self.limit())).is_ok()
+        !self.is_held_back(now) && self.update(|entry, limit| self.without_outdated(entry, limit, now).enter(limit)).is_ok()
     }
 
     /// Gives back a place that [`Self::try_enter`] took. True: there was no other.
     pub(super) fn leave(&self) -> bool {
-        self.account.update(|entry| Some(entry.leave(self.limit()))).is_ok_and(|before| before.has(Entry::FULL))
+        let before = self.update(|entry, limit| Some(entry.leave(limit)));
+        let limit = self.limit();
+        before.is_ok_and(|before| before.has(Entry::FULL) || limit != 0 && before.total() >= limit)
     }
 
     pub(super) fn set_limit(&self, limit: u32) {
         if self.limit.swap(limit, Ordering::Relaxed) != limit {
+            let _ = self.update(|entry, limit| Some(entry.limited(limit)));
+        }
+    }
+
+    /// Changes the account by the limit. Where that became another meanwhile, the mark of a full one is set right.
+    fn update(&self, change: impl Fn(Entry, u32) -> Option<Entry>) -> Result<Entry, Entry> {
+        let mut limit = self.limit();
+        let before = self.account.update(|entry| change(entry, limit));
+        while self.limit() != limit {
+            limit = self.limit();
             let _ = self.account.update(|entry| Some(entry.limited(limit)));
         }
+        before
     }
 
     /// It asked to be left alone for so long.
@@ -113,7 +126,7 @@ impl Load {
     }
 
     /// Whether its time to be left alone has just passed; says so once.
-    pub(super) fn has_rested(&self, now: Instant) -> bool {
+    fn has_rested(&self, now: Instant) -> bool {
         let until = self.held_until.load(Ordering::Relaxed);
         let rested = until != 0
             && self.millis(now) >= until
@@ -135,25 +148,29 @@ impl Load {
     pub(super) fn report_foreign(&self, foreign: u32, lifetime: Duration, now: Instant) {
         let until = self.millis(now).saturating_add(u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX));
         self.foreign_until.store(until, Ordering::Release);
-        let _ = self.account.update(|entry| Some(entry.with_foreign(foreign, self.limit())));
+        let _ = self.update(|entry, limit| Some(entry.with_foreign(foreign, limit)));
         if foreign > 0 {
             self.is_due_at(until);
         }
     }
 
-    /// Sets right what the clock alone changes in its account.
-    pub(super) fn settle(&self, now: Instant) {
+    /// Sets right what the clock alone changes in its account. True: there may be room where there was none.
+    pub(super) fn settle(&self, now: Instant) -> bool {
+        let before = self.update(|entry, limit| {
+            let settled = self.without_outdated(entry, limit, now).limited(limit);
+            (settled != entry).then_some(settled)
+        });
         let entry = self.account.entry();
-        if self.is_outdated(entry, now) {
-            let _ = self.account.update(|entry| Some(self.without_outdated(entry, now)));
-        } else if entry.foreign() > 0 {
+        if entry.foreign() > 0 {
             self.is_due_at(self.foreign_until.load(Ordering::Acquire));
         }
+        let rested = self.has_rested(now);
         if self.is_held_back(now) {
             self.is_due_at(self.held_until.load(Ordering::Acquire));
         } else {
             self.account.mark(Entry::HELD, false);
         }
+        rested || before.is_ok_and(|before| before.has(Entry::FULL)) && !entry.has(Entry::FULL)
     }
 
     /// Whether what it says of others has grown old.
@@ -161,8 +178,8 @@ impl Load {
         entry.foreign() > 0 && self.millis(now) >= self.foreign_until.load(Ordering::Acquire)
     }
 
-    fn without_outdated(&self, entry: Entry, now: Instant) -> Entry {
-        if self.is_outdated(entry, now) { entry.with_foreign(0, self.limit()) } else { entry }
+    fn without_outdated(&self, entry: Entry, limit: u32, now: Instant) -> Entry {
+        if self.is_outdated(entry, now) { entry.with_foreign(0, limit) } else { entry }
     }
 
     fn is_due_at(&self, millis: u64) {

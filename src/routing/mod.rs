@@ -10,6 +10,10 @@
 //! | `breaker/` | whether a worker that failed is left alone |
 //! | `sessions`, `rendezvous` | which worker a session belongs to |
 //! | `prefixes` | which workers most likely hold which prompts in their caches |
+//! | `ledger` | what all requests in flight are, side by side, for one pass over all workers |
+//! | `hub` | what workers and leases share: settings, the picture, whom to tell |
+//! | `lease` | what a request holds of a worker, and gives back |
+//! | `dice` | every random choice, by a seed |
 //! | `selection` | who gets a request, or why nobody does |
 //! | `strategy/` | which of the candidates is taken |
 //!

@@ -59,8 +59,8 @@ pub(super) struct Effects {
     pub(super) events: Vec<RouterEvent>,
     /// Presences that are over.
     pub(super) gone: Vec<CancellationToken>,
-    /// Requests that wait may find room.
-    pub(super) room: bool,
+    /// Requests that wait may find room, or that nobody is left to wait for.
+    pub(super) look_again: bool,
 }
 
 #[derive(Debug)]
@@ -144,7 +144,7 @@ impl Registry {
             let is_back = known.is_some();
             self.admit(registration, carrier, known.unwrap_or_default(), is_back, now);
             effects.events.push(registered(&self.members[id].worker));
-            effects.room = true;
+            effects.look_again = true;
             return Registered::New;
         };
         if member.history.contains(incarnation) {
@@ -160,7 +160,7 @@ impl Registry {
         let worker = member.worker.clone();
         let differs = self.hear(&worker, now, effects, |live| live.describe(registration));
         self.version += u64::from(differs);
-        effects.room = true;
+        effects.look_again = true;
         Registered::Renewed
     }
 
@@ -203,14 +203,14 @@ impl Registry {
         let own = worker.load.own();
         let foreign = foreign.unwrap_or_else(|| heartbeat.metrics.active_requests.saturating_sub(own));
         worker.load.report_foreign(foreign, self.hub.settings.heartbeat_interval * REPORT_LIFETIME, now);
-        effects.room |= worker.load.total(now) < before;
+        effects.look_again |= worker.load.total(now) < before;
         let is_more = self.hear(&worker, now, effects, |live| {
             live.update(heartbeat);
             // It registers at its start only, if we heard it at all: what it has loaded since, it serves.
             worker.legacy && live.serve_too(&heartbeat.metrics.models_loaded)
         });
         self.version += u64::from(is_more);
-        effects.room |= is_more;
+        effects.look_again |= is_more;
         HeartbeatVerdict::Taken
     }
 
@@ -350,7 +350,7 @@ impl Registry {
         }
         history.push(&old.incarnation);
         self.admit(registration, carrier, history, true, now);
-        effects.room = true;
+        effects.look_again = true;
         effects.events.push(RouterEvent::WorkerReplaced {
             worker_id: id.clone(),
             incarnation: registration.incarnation.clone(),
@@ -368,6 +368,7 @@ impl Registry {
         }));
         self.online -= usize::from(was_online);
         self.version += 1;
+        effects.look_again |= was_online;
     }
 
     /// A member gave a sign of life and said something.
@@ -393,7 +394,8 @@ impl Registry {
             _ => {}
         }
         self.version += u64::from(before.is_online() != after.is_online());
-        effects.room |= !before.is_candidate() && after.is_candidate();
+        let is_new = !before.is_candidate() && after.is_candidate();
+        effects.look_again |= is_new || before.is_online() != after.is_online();
         let worker_id = worker.id.clone();
         match (before, after) {
             (Standing::Offline, _) if after != Standing::Offline => effects.events.push(registered(worker)),

@@ -85,32 +85,28 @@ impl Router {
     }
 
     /// Does what is due by the clock: workers go offline or are forgotten, breakers become half-open, sessions expire. To
-    /// be called every so often; nothing that [`Self::select`] decides waits for it but silence.
+    /// be called every so often; nothing that [`Self::select`] decides waits for it but silence and the end of a
+    /// flap hold.
     pub fn expire(&self, now: Instant) {
         self.with_registry(|registry, effects| registry.expire(now, effects));
         self.hub.sessions.lock().expire(now);
         self.hub.prefixes.lock().expire(now);
-        let mut reopened = false;
         let mut open_by_rate = false;
         let openings = self.hub.rate_openings();
         for worker in self.fleet().workers.values() {
-            reopened |= worker.load.has_rested(now);
+            worker.settle(now);
             let Some((breaker, settings)) = worker.breaker() else { continue };
             let transition = breaker.tick(settings, now);
             open_by_rate |= breaker.opened_by_rate();
-            reopened |= transition.is_some();
             self.hub.tell_breaker(worker, transition);
         }
         if !open_by_rate {
             self.hub.rates_settled(openings);
         }
-        if reopened {
-            self.hub.capacity_freed.notify_waiters();
-        }
     }
 
-    /// Notified, all who wait, when a request may find room that it did not find before. A waiter has to enable its
-    /// `notified()` before it selects again, or it may miss the one that matters.
+    /// Notified, all who wait, when a request may find room that it did not find before, or that nobody is left to wait for.
+    /// A waiter has to enable its `notified()` before it selects again, or it may miss the one that matters.
     #[must_use]
     pub fn capacity_freed(&self) -> &Notify {
         &self.hub.capacity_freed
@@ -159,7 +155,6 @@ impl Router {
         let Some(worker) = self.find(id) else { return false };
         let Some((breaker, settings)) = worker.breaker() else { return false };
         self.hub.tell_breaker(&worker, breaker.reset(settings, now));
-        self.hub.capacity_freed.notify_waiters();
         true
     }
 
@@ -235,7 +230,7 @@ impl Router {
         for event in effects.events {
             (self.hub.observer)(event);
         }
-        if effects.room {
+        if effects.look_again {
             self.hub.capacity_freed.notify_waiters();
         }
         result
@@ -261,7 +256,7 @@ impl Router {
     /// The same, with everybody's account as it has to be at this time.
     pub(super) fn fleet_at(&self, now: Instant) -> Guard<Arc<Fleet>> {
         let fleet = self.fleet();
-        self.hub.settle(&fleet, now);
+        self.hub.settle(now);
         fleet
     }
 

@@ -334,7 +334,7 @@ impl Hub {
     /// Who was no candidate beside the chosen worker, if one was, and why, as it looks now.
     pub(super) fn left_out(&self, query: &Query<'_>, chosen: Option<&Worker>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
         let fleet = self.fleet.load();
-        self.settle(&fleet, now);
+        self.settle(now);
         let model = fleet.model(query.model_id);
         let panic = model.is_some_and(|model| self.panics(&fleet, model));
         let is_chosen = |worker: &Worker| chosen.is_some_and(|chosen| chosen.life == worker.life);
@@ -358,12 +358,16 @@ impl Hub {
 
 /// Takes a place and a permit; `None` when the worker cannot give them any more.
 fn claim(worker: &Arc<Worker>, choice: Choice, panic: bool, now: Instant) -> Option<Lease> {
+    // Whoever cannot be had is not entered: giving the place back would wake those who wait, again and again.
+    worker.presence()?;
     if !worker.load.try_enter(now) {
         return None;
     }
     let Some(presence) = worker.presence() else {
-        // Nobody else can take this place either: there is nothing to tell those who wait.
-        worker.load.leave();
+        // It may be back before the place is.
+        if worker.load.leave() {
+            worker.hub.capacity_freed.notify_waiters();
+        }
         return None;
     };
     // From here on the lease gives the place back, whatever happens.

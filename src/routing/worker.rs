@@ -200,9 +200,11 @@ impl Worker {
         self.breaker().is_none_or(|(breaker, settings)| breaker.admits(settings, panic, now))
     }
 
-    /// Sets right what the clock alone changes in its account.
+    /// Sets right what the clock alone changes in its account, and tells those who wait of room that it gave back.
     pub(super) fn settle(&self, now: Instant) {
-        self.load.settle(now);
+        if self.load.settle(now) {
+            self.hub.capacity_freed.notify_waiters();
+        }
         if let Some((breaker, settings)) = self.breaker() {
             breaker.settle(settings, now);
         }

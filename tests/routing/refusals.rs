@@ -87,7 +87,7 @@ fn a_named_worker_is_taken_or_says_why_not() {
 
 #[tokio::test]
 async fn a_worker_that_cannot_be_had_frees_nothing() {
-    let world = World::of(1, 0);
+    let world = World::of(1, 1);
     world.router.freeze(world.now);
     world.router.thaw(world.now);
     let freed = world.router.capacity_freed().notified();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use mlx_serving_router::config::Strategy;
-use mlx_serving_router::routing::{Outcome, Refusal};
+use mlx_serving_router::routing::{Lease, Outcome, Refusal};
 use mlx_serving_router::wire::WorkerStatus;
 
 use super::{ANY, FAILURE, LeftOut, Query, World, heartbeat, id, registration};
@@ -206,6 +206,73 @@ async fn whoever_waits_for_room_hears_of_it() {
     freed.as_mut().enable();
     world.register(&registration("w1", "1", &["m"], 1));
     freed.await;
+}
+
+#[tokio::test]
+async fn whoever_waits_hears_when_nobody_is_left_to_wait_for() {
+    type Change = fn(&mut World, Lease);
+    let changes: [(&str, Change); 7] = [
+        ("drained", |world, _lease| assert!(world.router.drain("w0", world.now))),
+        ("removed", |world, _lease| world.router.remove(&id("w0"))),
+        ("deregistered", |world, _lease| world.router.deregister(&id("w0"), world.now)),
+        ("silent", |world, _lease| {
+            world.pass(15_000);
+            world.router.expire(world.now);
+        }),
+        ("leaving", |world, _lease| {
+            let mut report = heartbeat("w0", "1", 1);
+            report.status = WorkerStatus::Draining;
+            world.beat(&report);
+        }),
+        ("forced open", |world, _lease| assert!(world.router.force_open_breaker("w0", world.now))),
+        ("failing", |world, lease| assert!(lease.end(FAILURE, world.now))),
+    ];
+    for (how, change) in changes {
+        let mut world = World::of(1, 8);
+        world.finish("w0", FAILURE, 4);
+        // It wants nothing for a while, but is not full: the end of a request frees no place.
+        let lease = world.select().unwrap();
+        lease.hold_back(Duration::from_secs(60), world.now);
+        let router = world.router.clone();
+        let mut look = std::pin::pin!(router.capacity_freed().notified());
+        look.as_mut().enable();
+        assert_eq!(world.select().unwrap_err(), Refusal::Full);
+        assert!(futures_util::poll!(look.as_mut()).is_pending(), "{how}");
+        change(&mut world, lease);
+        assert!(futures_util::poll!(look).is_ready(), "{how}");
+        let refusal = world.select().unwrap_err();
+        assert!(matches!(refusal, Refusal::NoWorkers | Refusal::NoHealthyWorkers { .. }), "{how}: {refusal:?}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_waits_hears_of_room_that_the_clock_gives_back() {
+    // By the tick, or by a selection for another model, which sets right everybody's account.
+    let ways: [fn(&World); 2] =
+        [|world| world.router.expire(world.now), |world| assert!(world.query(&Query { model_id: "x", ..ANY }).is_err())];
+    for look in ways {
+        let mut world = World::of(1, 1);
+        let mut report = heartbeat("w0", "1", 1);
+        report.active_request_ids = Some(vec!["theirs".into()]);
+        world.beat(&report);
+        world.pass(14_999);
+        // It missed heartbeats by then.
+        world.router.expire(world.now);
+        let router = world.router.clone();
+        let mut freed = std::pin::pin!(router.capacity_freed().notified());
+        freed.as_mut().enable();
+        assert_eq!(world.select().unwrap_err(), Refusal::Full);
+        look(&world);
+        assert!(futures_util::poll!(freed.as_mut()).is_pending());
+        // A sign of life that says nothing of requests: or it would be offline as well.
+        world.register(&registration("w0", "1", &["m"], 1));
+        freed.set(router.capacity_freed().notified());
+        freed.as_mut().enable();
+        world.pass(1);
+        look(&world);
+        assert!(futures_util::poll!(freed.as_mut()).is_ready());
+        drop(world.select().unwrap());
+    }
 }
 
 #[test]
