@@ -88,7 +88,16 @@ def test(arguments: list[str]) -> int:
     ):
         rust: list[str | Path]
         if shutil.which("cargo-nextest"):
-            rust = ["cargo", "nextest", "run", *chosen, "--no-tests=fail", "--test-threads", jobs]
+            rust = [
+                "cargo",
+                "nextest",
+                "run",
+                *chosen,
+                "--no-tests=fail",
+                "--no-fail-fast",
+                "--test-threads",
+                jobs,
+            ]
         else:
             rust = ["cargo", "test", *chosen, "--", "--test-threads", jobs]
         steps.begin(name)
