@@ -218,6 +218,18 @@ impl<'a> Candidates<'a> {
         self.model.turn.load(Ordering::Relaxed)
     }
 
+    /// The candidate whose turn it is; the turn goes on in the same step.
+    pub(super) fn take_turn(&self) -> Option<usize> {
+        let mut turn = self.model.turn.load(Ordering::Relaxed);
+        loop {
+            let place = self.each_from(turn, |place, _| ControlFlow::Break(place))?;
+            match self.model.turn.compare_exchange(turn, place + 1, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(place),
+                Err(now) => turn = now,
+            }
+        }
+    }
+
     /// Says who was chosen, so that others are next.
     pub(super) fn took(&self, place: usize) {
         self.model.turn.store(place + 1, Ordering::Relaxed);

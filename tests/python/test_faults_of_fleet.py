@@ -148,7 +148,8 @@ async def test_26_nats_killed_and_restarted(own_nats: NatsServer, nats_prefix: s
             )
         reached = time.monotonic()
         while {(await cluster.buffered()).worker_id for _ in range(4)} != {"w0", "w1"}:
-            assert time.monotonic() - reached < 1  # two heartbeats are 0.4 s
+            # Two heartbeats are 0.4 s.
+            assert time.monotonic() - reached < 1, [one.to_dict() for one in cluster.controller.workers()]
         ids = [job.request_id for worker in cluster.workers for job in worker.jobs]
         assert len(ids) == len(set(ids))  # nothing ran twice
         assert not any(request_id.startswith("meanwhile") for request_id in ids)

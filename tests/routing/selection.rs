@@ -322,3 +322,24 @@ fn a_lease_tells_who_was_left_out_and_why() {
     assert_eq!(lease.left_out(&query, world.now), expected);
     assert_eq!(expected.map(|(_, why)| why.as_str()), ["tried", "circuit_open", "full", "degraded"]);
 }
+
+#[test]
+fn in_turn_means_so_for_callers_at_the_same_time() {
+    let world = World::with(|settings| settings.strategy = Strategy::RoundRobin);
+    for worker in ["a", "b", "c"] {
+        world.register(&registration(worker, "1", &["m"], 0));
+    }
+    let counts = parking_lot::Mutex::new(BTreeMap::<String, u32>::new());
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                for _ in 0..2_000 {
+                    let lease = world.router.select(&Query { model_id: "m", ..Query::default() }, world.now).unwrap();
+                    *counts.lock().entry(lease.worker_id().to_string()).or_default() += 1;
+                }
+            });
+        }
+    });
+    let counts: Vec<_> = counts.into_inner().into_values().collect();
+    assert_eq!(counts, [2_000, 2_000, 2_000]);
+}

@@ -29,7 +29,8 @@ pub(super) fn pick(
         return Some((place, Choice::Prefix));
     }
     let in_turn = match strategy {
-        Strategy::RoundRobin => round_robin::pick(candidates),
+        // It has moved the turn on already: of callers at the same time each gets another one.
+        Strategy::RoundRobin => return Some((round_robin::pick(candidates)?, Choice::Strategy)),
         Strategy::LeastRequests | Strategy::PrefixAware => least_requests::pick(candidates),
         Strategy::SkillsBased => skills_based::pick(candidates),
         // By chance nobody has a turn, and threads need not tell each other.
