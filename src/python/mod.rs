@@ -28,6 +28,7 @@ mod runtime;
 mod script;
 mod scripted;
 mod stream;
+mod survey;
 mod wake;
 mod worker;
 
@@ -74,6 +75,8 @@ mod _native {
     use super::scripted::{PyReceivedCancel, PyReceivedRequest, PyScriptedWorker};
     #[pymodule_export]
     use super::stream::{BlockingTokenStream, Next, PyTokenStream, TokenBatches};
+    #[pymodule_export]
+    use super::survey::survey;
     #[pymodule_export]
     use super::worker::PyWorker;
     use super::*;

@@ -7,6 +7,7 @@ mod connection;
 mod inbox;
 mod older;
 mod service;
+mod survey;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +23,7 @@ use cancels::Cancels;
 pub use connection::{Incoming, Link, NatsConnection, Subscription};
 use inbox::Inbox;
 pub use service::{Asked, WorkerService};
+pub use survey::{ServerFacts, Sighting, Survey, survey};
 
 use super::{Mailbox, Outgoing, Transport};
 use crate::error::{ControllerError, ControllerErrorCode};
