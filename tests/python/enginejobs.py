@@ -46,7 +46,7 @@ UNSET: dict[str, Any] = dict.fromkeys(
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeJob:
     """Records what the engine does with a job; `on_token` runs on the engine's thread after each piece."""
 
@@ -131,6 +131,7 @@ class FakeQueue:
                 self._idle = False
             if (job := self._next()) is not None:
                 self._jobs.remove(job)
+            self._changed.notify_all()
             return job
 
     def _next(self) -> FakeJob | None:
@@ -158,6 +159,15 @@ class FakeQueue:
             self._jobs.extend(jobs)
             self._idle = False
             self._changed.notify_all()
+
+    def wait_for(self, *jobs: FakeJob) -> None:
+        """Wait until these have ended."""
+        self.wait_until(lambda: all(job.end is not None for job in jobs))
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Wait until the engine has brought something about: it is looked for whenever it asks for work."""
+        with self._changed:
+            assert self._changed.wait_for(condition, PATIENCE), "the engine does not bring it about"
 
     def wait(self) -> None:
         with self._changed:
