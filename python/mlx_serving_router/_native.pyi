@@ -1,7 +1,7 @@
 """The Rust core. What is public here is exported by `mlx_serving_router`; everything else is for the package alone."""
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, final
 
@@ -948,6 +948,9 @@ class Worker:
         max_concurrent: int = 1,
         max_queue: int = 64,
         features: Sequence[str] = ...,
+        model_paths: Mapping[str, str] = ...,
+        total_model_size: int = 0,
+        last_scanned: int | None = None,
     ) -> Self: ...
     @property
     def worker_id(self) -> str:
@@ -1004,6 +1007,14 @@ class Worker:
         """As `wait`, blocking."""
 
 @final
+class Thread:
+    """A thread that calls `target` at once, and can be waited for as the operating system understands it."""
+
+    def __new__(cls, target: Callable[[], object], name: str) -> Self: ...
+    def join(self, timeout: float) -> bool:
+        """Wait until it is gone. False: it is still there after so many seconds."""
+
+@final
 class JobQueue:
     """The work of one engine, in the order in which it is to be done."""
 
@@ -1032,10 +1043,26 @@ class JobQueue:
     ) -> None:
         """What heartbeats say from now on. The first `ready` lets the worker register.
 
-        `cached_prefixes` that are left out stay as they are.
+        Jobs for `loading_models` are not handed out. `cached_prefixes` that are left out stay as they are.
 
         Raises:
             ValueError: `phase` is none, or a prefix is no hash, or there are more than 256.
+        """
+
+    @property
+    def waiting_models(self) -> list[str]:
+        """The models that waiting jobs ask for, each once."""
+    def refuse(
+        self,
+        up_to: Literal["low", "normal", "high"] | None,
+        message: str = "",
+        *,
+        retry_after_ms: int | None = None,
+    ) -> None:
+        """Refuse requests of this priority and of lower ones from now on, waiting jobs too; `None`: nobody.
+
+        Raises:
+            ValueError: `up_to` is no priority.
         """
 
 @final
@@ -1074,6 +1101,9 @@ class Job:
 
     def gone(self) -> Call:
         """Return when `cancelled`."""
+
+    def put_back(self) -> None:
+        """Give it back to the queue, where it waits as before: its model is loaded first."""
 
     def let_go(self) -> None:
         """Give the place of a job of `next` back: nobody works on it any more."""

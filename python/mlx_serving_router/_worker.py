@@ -271,6 +271,9 @@ class _Runner:
             max_concurrent=max_concurrent,
             max_queue=max_queue,
             features=list(getattr(engine, "features", ())),
+            model_paths=dict(getattr(engine, "model_paths", {})),
+            total_model_size=getattr(engine, "total_model_size", 0),
+            last_scanned=getattr(engine, "last_scanned", None),
         )
         self._begun = False
         self._task: asyncio.Task[None] | None = None

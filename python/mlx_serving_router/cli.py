@@ -1,4 +1,4 @@
-"""The command line, and those of its commands that run something: `up`, `serve` and `worker`. Needs the extra `[cli]`.
+"""The command line, and its commands that serve: `up`, `serve`, `worker`, and `models`. Needs the extra `[cli]`.
 
 It reads options and picks the configuration. What the commands do is in `_up`, `_serve` and `_work`, imported when
 they are needed: `worker` needs no web server, `serve` no model. The commands that look at a fleet or use it are in
@@ -23,9 +23,9 @@ except ImportError as error:
         f'mlx-serving-router: the command line needs more ({error}): pip install "mlx-serving-router[cli]"'
     )
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from mlx_serving_router._models import parse_bytes
 
+if TYPE_CHECKING:
     from mlx_serving_router._serve import Address
     from mlx_serving_router.nats_server import NatsServer
 
@@ -58,12 +58,53 @@ _Concurrent = Annotated[
     int | None,
     typer.Option("--max-concurrent", min=1, metavar="N", help="Requests that a worker takes at a time."),
 ]
+_ModelsDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--models-dir", metavar="DIR", help="A folder of models, each served under its path below it."
+    ),
+]
+_HfCache = Annotated[
+    bool,
+    typer.Option(
+        "--hf-cache", help="The models in the local cache of the Hugging Face Hub, under their ids."
+    ),
+]
+_PromptCache = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-cache",
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="Memory for what was computed for earlier prompts; 0 keeps nothing.",
+    ),
+]
+_MemorySoft = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-soft",
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="Memory in use beyond which caches and idle models are given up, and requests of low priority refused.",
+    ),
+]
+_MemoryHard = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-hard",
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="Memory in use beyond which all requests are refused.",
+    ),
+]
 # === commands ===
 
 
 @app.command()
 def worker(
     model: _Models = None,
+    models_dir: _ModelsDir = None,
+    hf_cache: _HfCache = False,
     nats: Nats = None,
     worker_id: Annotated[
         str | None,
@@ -73,22 +114,80 @@ def worker(
     ] = None,
     config: Config = None,
     max_concurrent: _Concurrent = None,
+    pre_warm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pre-warm",
+            metavar="NAME",
+            help="A model to load at the start; left out: those of --model. May be repeated.",
+        ),
+    ] = None,
+    register_when: Annotated[
+        str | None,
+        typer.Option(
+            "--register-when",
+            metavar="WHEN",
+            help="When to join the fleet: complete, when those are loaded or have failed, or warming, at once.",
+        ),
+    ] = None,
+    load_timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout-per-model",
+            metavar="SECONDS",
+            help="A model that takes longer to load counts as failed.",
+        ),
+    ] = None,
+    prefill_step_size: Annotated[
+        int | None,
+        typer.Option(
+            "--prefill-step-size",
+            min=1,
+            metavar="N",
+            help="Tokens of prompts computed between two tokens of the answers beside them.",
+        ),
+    ] = None,
+    prompt_cache: _PromptCache = None,
+    memory_soft: _MemorySoft = None,
+    memory_hard: _MemoryHard = None,
     prefix: Prefix = None,
     debug: Debug = False,
 ) -> None:
-    """Serve models with mlx-lm, as a worker of the fleet on a NATS server."""
+    """Serve models with mlx-lm, as a worker of the fleet on a NATS server.
+
+    Models are given with --model, or found with --models-dir and --hf-cache; one that is not in memory is loaded when a
+    request asks for it. BYTES is a number, alone or with K, M, G or T: 16G.
+    """
     with told(debug=debug):
-        from mlx_serving_router import _command, _logging
+        from mlx_serving_router import _command, _logging, _models, _work
 
         settings = _command.changed(_command.load(config), _command.changes(nats=nats, prefix=prefix))
         _logging.configure(settings.to_dict()["logging"], name=worker_id or "worker", debug=debug)
-        models = _named_models(model)
+        engine = _models.engine(
+            model,
+            settings,
+            models_dir=models_dir,
+            hf_cache=hf_cache,
+            pre_warm=pre_warm,
+            register_when=register_when,
+            load_timeout=load_timeout,
+            max_concurrent=max_concurrent,
+            prefill_step_size=prefill_step_size,
+            prompt_cache_bytes=prompt_cache,
+            memory_soft_bytes=memory_soft,
+            memory_hard_bytes=memory_hard,
+        )
+        asyncio.run(_work.work(engine, settings, worker_id=worker_id))
 
-        from mlx_serving_router import _work
-        from mlx_serving_router.mlx import MlxEngine
 
-        limits = {} if max_concurrent is None else {"max_concurrent": max_concurrent}
-        asyncio.run(_work.work(MlxEngine(models, **limits), settings, worker_id=worker_id))
+@app.command()
+def models(models_dir: _ModelsDir = None, hf_cache: _HfCache = False, debug: Debug = False) -> None:
+    """List the models on this machine that a worker can serve: of a folder, or of the Hugging Face cache."""
+    with told(debug=debug):
+        from mlx_serving_router import _models
+
+        for found in _models.found(models_dir, hf_cache=hf_cache or models_dir is None):
+            typer.echo(f"{found.nbytes / 1e9:8.2f} GB  {found.name}  {found.path}")
 
 
 @app.command()
@@ -137,7 +236,7 @@ def up(
 ) -> None:
     """Run all of it on this machine: a NATS server, worker processes, the controller and its web front-end."""
     with told(debug=debug):
-        from mlx_serving_router import _command, _logging
+        from mlx_serving_router import _command, _logging, _models
 
         changes = _command.changes(prefix=prefix, host=host, port=port)
         if config is None and not any(name.startswith("MLX_ROUTER__NATS") for name in os.environ):
@@ -146,7 +245,7 @@ def up(
         settings = _command.changed(_command.load(config), changes)
         shown = settings.to_dict()
         _logging.configure(shown["logging"], name="controller", debug=debug)
-        models = _named_models(model)
+        named = _models.named_models(model)
         if shown["nats"]["mode"] == "none":
             raise _command.CommandError(
                 "worker processes are reached over NATS, and the configuration has nats.mode: none; use embedded or"
@@ -163,13 +262,13 @@ def up(
             _show_addresses(address)
             if server is not None:
                 _show_server(server)
-            show("workers", f"{workers} started; each loads {', '.join(models)}")
+            show("workers", f"{workers} started; each loads {', '.join(named)}")
 
         def tell_online(count: int) -> None:
             show("online", f"{count} of {workers} workers")
             if count == 1:
                 line = _serve.curl_line(
-                    address.url, next(iter(models)), with_key=bool(shown["controller"]["apiKeys"])
+                    address.url, next(iter(named)), with_key=bool(shown["controller"]["apiKeys"])
                 )
                 show("to try", line)
                 show("to end", "Ctrl-C")
@@ -179,7 +278,7 @@ def up(
                 settings,
                 address,
                 workers=workers,
-                worker_options=_worker_options(models, config, prefix, max_concurrent, debug=debug),
+                worker_options=_worker_options(named, config, prefix, max_concurrent, debug=debug),
                 announce=announce,
                 tell_online=tell_online,
             )
@@ -189,35 +288,6 @@ def up(
 _tools.add_to(app)
 
 # === options into configuration ===
-
-
-def _named_models(models: Sequence[str] | None) -> dict[str, str]:
-    """Names, and where the models are: what `MlxEngine` takes. Folders are looked at."""
-    from mlx_serving_router._command import CommandError
-    from mlx_serving_router.mlx._models import check_folder, is_hub_id
-    from mlx_serving_router.mlx._models import named as named_places
-
-    if not models:
-        raise CommandError(
-            "no model was given: --model NAME=PATH, with the folder of an mlx-lm model or its id on the Hugging Face"
-            " Hub, such as --model llama=mlx-community/Llama-3.2-3B-Instruct-4bit"
-        )
-    named: dict[str, str] = {}
-    for option in models:
-        name, separator, place = option.partition("=")
-        if not separator:
-            [(name, _)] = named_places(option).items()
-            place = option
-        if not name or not place:
-            raise CommandError(f"--model {option!r} is not NAME=PATH: the name or the path is empty")
-        if name in named:
-            raise CommandError(
-                f"two models have the name {name!r}: give one of them another, as --model NAME=PATH"
-            )
-        if not is_hub_id(place):
-            check_folder(name, Path(place).expanduser())  # mlx takes seconds to say the same
-        named[name] = place
-    return named
 
 
 def _worker_options(

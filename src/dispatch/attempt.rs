@@ -188,7 +188,7 @@ impl Attempt {
         let now = Instant::now();
         let loads = |lease: &Lease| lease.is_loading(&self.outgoing.request.model_id);
         if self.timers.may_begin_loading() && self.timers.next().0 <= now && self.lease.as_ref().is_some_and(loads) {
-            self.timers.begin_loading(self.sent, now);
+            self.timers.begin_loading(self.sent);
         }
     }
 

@@ -445,10 +445,11 @@ def test_a_worker_that_is_told_to_end_at_once_waits_for_no_answer() -> None:
 
 def test_answers_of_several_models_go_on_side_by_side() -> None:
     pytest.importorskip("mlx_lm")
-    from enginejobs import MODEL
+    from enginejobs import MODEL, PATIENCE
     from mlx_serving_router.mlx import MlxEngine
 
     running = Running(MlxEngine({"first": MODEL, "second": MODEL}, max_concurrent=4))
+    assert running.jobs.ready.wait(PATIENCE)
     order: list[str] = []
     stories = running.ask_all(
         job(

@@ -5,6 +5,7 @@
 
 mod desk;
 mod fleet;
+mod holding;
 mod nats;
 mod outages;
 mod scripted;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use mlx_serving_router::config::ClusterConfig;
 use mlx_serving_router::transport::{Delivery, LocalHub, Mailbox, Outgoing, Transport, mailbox};
 use mlx_serving_router::wire::{Finish, InferenceRequest, Phase, Reply, WorkerId};
-use mlx_serving_router::worker::{Job, Worker, WorkerOptions};
+use mlx_serving_router::worker::{Job, ModelFiles, Worker, WorkerOptions};
 
 /// Within which anything here must have happened.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -28,6 +29,7 @@ fn options(id: &str, max_concurrent: u32, max_queue: u32) -> WorkerOptions {
         max_concurrent,
         max_queue,
         features: Vec::new(),
+        files: ModelFiles::default(),
     }
 }
 
@@ -53,7 +55,11 @@ struct Local {
 
 impl Local {
     async fn start(max_concurrent: u32, max_queue: u32) -> Self {
-        let worker = Worker::new(options("w", max_concurrent, max_queue), &ClusterConfig::default()).unwrap();
+        Self::with(options("w", max_concurrent, max_queue)).await
+    }
+
+    async fn with(options: WorkerOptions) -> Self {
+        let worker = Worker::new(options, &ClusterConfig::default()).unwrap();
         let hub = LocalHub::new("c".into());
         worker.jobs().report(Phase::Ready, vec!["tiny".into()], Vec::new());
         worker.start_local(hub.attach(worker.id()).unwrap()).await.unwrap();
