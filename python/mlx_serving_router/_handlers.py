@@ -94,4 +94,6 @@ def gives_pieces(handler: object) -> bool:
     function: Any = handler if inspect.isroutine(handler) else getattr(handler, "__call__", None)  # noqa: B004
     while hasattr(function, "func"):  # functools.partial
         function = function.func
-    return callable(handler) and not inspect.iscoroutinefunction(function) and not inspect.isclass(handler)
+    # A plain function may hand on the generator of another one; a plain generator, or a coroutine, is no such thing.
+    is_other = inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function)
+    return callable(handler) and not is_other and not inspect.isclass(handler)

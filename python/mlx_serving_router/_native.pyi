@@ -575,6 +575,9 @@ class ClusterConfig:
     def to_dict(self) -> dict[str, Any]:
         """All of it with camelCase keys. Secrets are in it."""
 
+    def redacted(self) -> dict[str, Any]:
+        """All of it with camelCase keys, to be shown: `***` stands for each secret."""
+
     @staticmethod
     def json_schema() -> dict[str, Any]:
         """The JSON Schema (2020-12) of a configuration file."""
@@ -1370,3 +1373,19 @@ def openai_models(ids: Sequence[str], created: int) -> bytes:
 
 def openai_model(id: str, created: int) -> bytes:  # noqa: A002 the name is Rust's
     """The body of `/v1/models/{id}`. `created` is in seconds since the epoch."""
+
+# === survey.rs ===
+
+def survey(config: ClusterConfig, name: str, seconds: float) -> dict[str, Any]:
+    """Connect to the NATS server of a configuration, ask who is there, and listen for so many seconds.
+
+    No controller is made, and no worker is asked to do anything but to say who it is.
+
+    Returns:
+        `server` with `name`, `version`, `maxPayload` (bytes) and `roundTripMs`; `workers`, each with `workerId`,
+        `hostname`, `models`, `older` (it speaks the older dialect), `clockAheadMs` (None: it says no time) and
+        `incarnations`, how many lives of that name spoke.
+
+    Raises:
+        ControllerError: NATS_ERROR: no server answers, or it refuses us.
+    """

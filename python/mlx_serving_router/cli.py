@@ -1,30 +1,31 @@
-"""The command line: `mlx-serving-router up`, `serve`, `worker` and `models`. Needs the extra `[cli]`.
+"""The command line, and those of its commands that run something: `up`, `serve` and `worker`. Needs the extra `[cli]`.
 
-It reads options, picks the configuration, and tells every failure in one message that says what to do. What the
-commands do is in `_up`, `_serve` and `_work`, imported when they are needed: `worker` needs no web server, `serve` no
-model.
+It reads options and picks the configuration. What the commands do is in `_up`, `_serve` and `_work`, imported when
+they are needed: `worker` needs no web server, `serve` no model. The commands that look at a fleet or use it are in
+`_tools`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
-import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
-except ImportError:
-    sys.exit('mlx-serving-router: the command line needs typer: pip install "mlx-serving-router[cli]"')
+
+    from mlx_serving_router import _tools
+    from mlx_serving_router._terminal import Config, Debug, Nats, Prefix, show, told
+except ImportError as error:
+    sys.exit(
+        f'mlx-serving-router: the command line needs more ({error}): pip install "mlx-serving-router[cli]"'
+    )
 
 from mlx_serving_router._models import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mlx_serving_router._serve import Address
     from mlx_serving_router.nats_server import NatsServer
 
@@ -33,17 +34,12 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="One OpenAI API in front of a fleet of mlx-lm workers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 # === options ===
 
-_Config = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="Configuration file, YAML or JSON (docs/configuration.md)."),
-]
 _Models = Annotated[
     list[str] | None,
     typer.Option(
@@ -52,15 +48,6 @@ _Models = Annotated[
         metavar="NAME=PATH",
         help="A model and the name it is served under; or its folder, or its id on the Hugging Face Hub, alone."
         " May be repeated.",
-    ),
-]
-_Nats = Annotated[
-    str | None, typer.Option("--nats", metavar="URL", help="The NATS server: nats://host:4222.")
-]
-_Prefix = Annotated[
-    str | None,
-    typer.Option(
-        "--prefix", metavar="PREFIX", help="Subject prefix of the fleet, with a dot at its end: team-a."
     ),
 ]
 _Host = Annotated[str | None, typer.Option("--host", help="Address of the front-end.")]
@@ -110,7 +97,6 @@ _MemoryHard = Annotated[
         help="Memory in use beyond which all requests are refused.",
     ),
 ]
-_Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")]
 
 # === commands ===
 
@@ -120,14 +106,14 @@ def worker(
     model: _Models = None,
     models_dir: _ModelsDir = None,
     hf_cache: _HfCache = False,
-    nats: _Nats = None,
+    nats: Nats = None,
     worker_id: Annotated[
         str | None,
         typer.Option(
             "--id", metavar="ID", help="Its name: 1 to 64 letters, digits, - and _; made where left out."
         ),
     ] = None,
-    config: _Config = None,
+    config: Config = None,
     max_concurrent: _Concurrent = None,
     pre_warm: Annotated[
         list[str] | None,
@@ -165,18 +151,18 @@ def worker(
     prompt_cache: _PromptCache = None,
     memory_soft: _MemorySoft = None,
     memory_hard: _MemoryHard = None,
-    prefix: _Prefix = None,
-    debug: _Debug = False,
+    prefix: Prefix = None,
+    debug: Debug = False,
 ) -> None:
     """Serve models with mlx-lm, as a worker of the fleet on a NATS server.
 
     Models are given with --model, or found with --models-dir and --hf-cache; one that is not in memory is loaded when a
     request asks for it. BYTES is a number, alone or with K, M, G or T: 16G.
     """
-    with _told(debug=debug):
+    with told(debug=debug):
         from mlx_serving_router import _command, _logging, _models, _work
 
-        settings = _command.changed(_command.load(config), _changes(nats=nats, prefix=prefix))
+        settings = _command.changed(_command.load(config), _command.changes(nats=nats, prefix=prefix))
         _logging.configure(settings.to_dict()["logging"], name=worker_id or "worker", debug=debug)
         engine = _models.engine(
             model,
@@ -196,9 +182,9 @@ def worker(
 
 
 @app.command()
-def models(models_dir: _ModelsDir = None, hf_cache: _HfCache = False, debug: _Debug = False) -> None:
+def models(models_dir: _ModelsDir = None, hf_cache: _HfCache = False, debug: Debug = False) -> None:
     """List the models on this machine that a worker can serve: of a folder, or of the Hugging Face cache."""
-    with _told(debug=debug):
+    with told(debug=debug):
         from mlx_serving_router import _models
 
         for found in _models.found(models_dir, hf_cache=hf_cache or models_dir is None):
@@ -207,18 +193,18 @@ def models(models_dir: _ModelsDir = None, hf_cache: _HfCache = False, debug: _De
 
 @app.command()
 def serve(
-    config: _Config = None,
+    config: Config = None,
     host: _Host = None,
     port: _Port = None,
-    nats: _Nats = None,
-    prefix: _Prefix = None,
-    debug: _Debug = False,
+    nats: Nats = None,
+    prefix: Prefix = None,
+    debug: Debug = False,
 ) -> None:
     """Run the controller and its web front-end; workers join over NATS."""
-    with _told(debug=debug):
+    with told(debug=debug):
         from mlx_serving_router import _command, _logging, _serve
 
-        changes = _changes(nats=nats, prefix=prefix, host=host, port=port)
+        changes = _command.changes(nats=nats, prefix=prefix, host=host, port=port)
         settings = _command.changed(_command.load(config), changes)
         shown = settings.to_dict()
         _logging.configure(shown["logging"], name="controller", debug=debug)
@@ -228,10 +214,10 @@ def serve(
             _show_addresses(address)
             if server is not None:
                 _show_server(server)
-                _show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
+                show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
             elif shown["nats"]["mode"] == "none":
-                _show("note", "nats.mode is none: no worker of another process can join")
-            _show(
+                show("note", "nats.mode is none: no worker of another process can join")
+            show(
                 "to try", _serve.curl_line(address.url, "NAME", with_key=bool(shown["controller"]["apiKeys"]))
             )
 
@@ -242,18 +228,18 @@ def serve(
 def up(
     model: _Models = None,
     workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="Worker processes.")] = 1,
-    config: _Config = None,
+    config: Config = None,
     host: _Host = None,
     port: _Port = None,
     max_concurrent: _Concurrent = None,
-    prefix: _Prefix = None,
-    debug: _Debug = False,
+    prefix: Prefix = None,
+    debug: Debug = False,
 ) -> None:
     """Run all of it on this machine: a NATS server, worker processes, the controller and its web front-end."""
-    with _told(debug=debug):
+    with told(debug=debug):
         from mlx_serving_router import _command, _logging, _models
 
-        changes = _changes(prefix=prefix, host=host, port=port)
+        changes = _command.changes(prefix=prefix, host=host, port=port)
         if config is None and not any(name.startswith("MLX_ROUTER__NATS") for name in os.environ):
             # Nobody has to know where the server is.
             changes.setdefault("nats", {})["embedded"] = {"port": 0}
@@ -271,22 +257,22 @@ def up(
 
         address = _serve.listen(shown["controller"]["bindAddress"], shown["controller"]["port"], search=True)
         if address.moved_from is not None:
-            _show("note", f"port {address.moved_from} is taken by another program; using the next free one")
+            show("note", f"port {address.moved_from} is taken by another program; using the next free one")
 
         def announce(server: NatsServer | None) -> None:
             _show_addresses(address)
             if server is not None:
                 _show_server(server)
-            _show("workers", f"{workers} started; each loads {', '.join(named)}")
+            show("workers", f"{workers} started; each loads {', '.join(named)}")
 
         def tell_online(count: int) -> None:
-            _show("online", f"{count} of {workers} workers")
+            show("online", f"{count} of {workers} workers")
             if count == 1:
                 line = _serve.curl_line(
                     address.url, next(iter(named)), with_key=bool(shown["controller"]["apiKeys"])
                 )
-                _show("to try", line)
-                _show("to end", "Ctrl-C")
+                show("to try", line)
+                show("to end", "Ctrl-C")
 
         asyncio.run(
             _up.up(
@@ -300,27 +286,11 @@ def up(
         )
 
 
+_tools.add_to(app)
+
 # === options into configuration ===
 
 
-def _changes(
-    *,
-    nats: str | None = None,
-    prefix: str | None = None,
-    host: str | None = None,
-    port: int | None = None,
-) -> dict[str, Any]:
-    """The keys of the configuration that the options set."""
-    mode = None if nats is None else "external"
-    sections: dict[str, dict[str, Any]] = {
-        "nats": {"mode": mode, "serverUrl": nats, "subjectPrefix": prefix},
-        "controller": {"bindAddress": host, "port": port},
-    }
-    given = {
-        section: {key: value for key, value in keys.items() if value is not None}
-        for section, keys in sections.items()
-    }
-    return {section: keys for section, keys in given.items() if keys}
 
 
 def _worker_options(
@@ -341,55 +311,15 @@ def _worker_options(
 # === what is shown ===
 
 
-def _show(what: str, text: str) -> None:
-    typer.echo(f"{what:<10}{text}")
-
-
 def _show_addresses(address: Address) -> None:
-    _show("OpenAI", f"{address.url}/v1")
-    _show("fleet", f"{address.url}/api/cluster/status")
-    _show("requests", f"{address.url}/api/controller/requests")
-    _show("metrics", f"{address.url}/metrics")
+    show("OpenAI", f"{address.url}/v1")
+    show("fleet", f"{address.url}/api/cluster/status")
+    show("requests", f"{address.url}/api/controller/requests")
+    show("metrics", f"{address.url}/metrics")
 
 
 def _show_server(server: NatsServer) -> None:
-    _show("NATS", f"{server.url} ({'it was there already' if server.joined else f'process {server.pid}'})")
-
-
-# === failures ===
-
-#: What to do on the command line, beside what the error itself says.
-_ADVICE: Final = {"NATS_ERROR": "--nats URL names another server", "WORKER_OFFLINE": "--id names a worker"}
-
-
-@contextlib.contextmanager
-def _told(*, debug: bool) -> Iterator[None]:
-    """Tells every failure in one message and exits with status 1; `--debug` adds the traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except Exception as error:  # noqa: BLE001 whatever it is, a person reads it
-        if debug:
-            traceback.print_exception(error)
-        typer.echo(f"mlx-serving-router: {_describe(error)}", err=True)
-        raise typer.Exit(1) from None
-
-
-def _describe(error: Exception) -> str:
-    from mlx_serving_router._command import CommandError
-    from mlx_serving_router._errors import ConfigError, ControllerError
-    from mlx_serving_router.mlx import ModelLoadError
-    from mlx_serving_router.nats_server import NatsServerError
-
-    if isinstance(error, ControllerError):
-        advice = _ADVICE.get(str(error.code))
-        return f"{error.message}; {advice}" if advice else error.message
-    if isinstance(
-        error, CommandError | ConfigError | ModelLoadError | NatsServerError | ImportError | ValueError
-    ):
-        return str(error)
-    return f"{type(error).__name__}: {error} (--debug shows where it comes from)"
+    show("NATS", f"{server.url} ({'it was there already' if server.joined else f'process {server.pid}'})")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ mod runtime;
 mod script;
 mod scripted;
 mod stream;
+mod survey;
 mod thread;
 mod wake;
 mod worker;
@@ -75,6 +76,8 @@ mod _native {
     use super::scripted::{PyReceivedCancel, PyReceivedRequest, PyScriptedWorker};
     #[pymodule_export]
     use super::stream::{BlockingTokenStream, Next, PyTokenStream, TokenBatches};
+    #[pymodule_export]
+    use super::survey::survey;
     #[pymodule_export]
     use super::thread::PyThread;
     #[pymodule_export]

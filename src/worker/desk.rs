@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::answer::{Answer, Target};
 use super::board::Board;
-use super::cancels::Cancels;
+use super::cancels::{Cancellation, Cancels, Key};
 use super::liveness::Liveness;
 use super::outbox::Outbox;
 use super::tally::Tally;
@@ -63,14 +63,6 @@ pub(super) struct Attempt {
     runs: AtomicBool,
     /// An end by another's word does not take it out of those.
     pub(super) runs_on: AtomicBool,
-}
-
-/// What makes an attempt this one.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Key {
-    request_id: String,
-    attempt: u32,
-    controller: Arc<str>,
 }
 
 /// Where an attempt waits: the more important first, then the earlier.
@@ -163,7 +155,7 @@ impl Desk {
     pub(super) fn take(&self, arrival: Arrival, target: Target) -> Intake {
         let Arrival { request, attempt, controller, timeout, size } = arrival;
         let now = Instant::now();
-        let key = Key { request_id: request.request_id.clone(), attempt, controller };
+        let key = Key { request_id: request.request_id.clone(), attempt, controller, reply_to: target.address() };
         let mut floor = self.floor.lock();
         floor.liveness.touch(&key.controller, now);
         if floor.live.contains_key(&key) {
@@ -208,22 +200,13 @@ impl Desk {
         Intake::Taken
     }
 
-    /// Ends an attempt at its controller's word. `controller`: where the message says whose it is.
-    pub(super) fn cancel(&self, request_id: &str, attempt: u32, controller: Option<&str>) {
+    /// Ends an attempt at its controller's word.
+    pub(super) fn cancel(&self, cancellation: Cancellation) {
         let meant: Vec<_> = {
             let mut floor = self.floor.lock();
-            let is_meant = |key: &Key| {
-                key.request_id == request_id && key.attempt == attempt && controller.is_none_or(|name| *key.controller == *name)
-            };
-            let meant: Vec<_> = match controller {
-                Some(name) => {
-                    let key = Key { request_id: request_id.to_owned(), attempt, controller: name.into() };
-                    floor.live.get(&key).cloned().into_iter().collect()
-                }
-                None => floor.live.values().filter(|taken| is_meant(&taken.key)).cloned().collect(),
-            };
+            let meant = floor.meant_by(&cancellation);
             if meant.is_empty() {
-                floor.cancels.before_its_request(request_id, attempt, controller, Instant::now());
+                floor.cancels.before_its_request(cancellation, Instant::now());
             }
             meant
         };
@@ -272,7 +255,7 @@ impl Desk {
         }
         floor.stop_clock(taken);
         floor.held_bytes -= taken.size;
-        floor.cancels.ended(&taken.key.request_id, taken.key.attempt);
+        floor.cancels.ended(&taken.key);
         let worked = taken.begun.lock().map(|begun| begun.elapsed());
         floor.tally.ended(taken.arrived.elapsed(), worked, tokens, served);
         let empty = floor.live.is_empty();
@@ -453,6 +436,22 @@ impl Desk {
 // === impl Floor ===
 
 impl Floor {
+    /// The attempts that a cancellation means: one, where it says all that makes it this one.
+    fn meant_by(&self, cancellation: &Cancellation) -> Vec<Arc<Attempt>> {
+        let Cancellation { cancel, controller, reply_to } = cancellation;
+        if let Some(controller) = controller {
+            let (controller, reply_to) = (controller.clone(), reply_to.clone());
+            let key = Key { request_id: cancel.request_id.clone(), attempt: cancel.attempt, controller, reply_to };
+            if let Some(taken) = self.live.get(&key) {
+                return vec![taken.clone()];
+            }
+            if cancellation.reply_to.is_some() {
+                return Vec::new();
+            }
+        }
+        self.live.values().filter(|taken| cancellation.means(&taken.key)).cloned().collect()
+    }
+
     /// Takes an attempt out of those that run, once.
     fn free(&mut self, taken: &Attempt) {
         if taken.runs.swap(false, Ordering::Relaxed) {

@@ -47,15 +47,6 @@ def taken() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-@pytest.fixture
-def closed() -> int:
-    """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def told(ended: Program, *words: str) -> str:
     """The one message of a command that failed."""
     assert ended.process.returncode == 1, ended.output

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mlx_serving_router::config::ClusterConfig;
-use mlx_serving_router::transport::{Delivery, LocalHub, Mailbox, Outgoing, Transport};
+use mlx_serving_router::transport::{Delivery, LocalHub, Mailbox, Outgoing, Transport, mailbox};
 use mlx_serving_router::wire::{Finish, InferenceRequest, Phase, Reply, WorkerId};
 use mlx_serving_router::worker::{Job, ModelFiles, Worker, WorkerOptions};
 
@@ -43,6 +43,10 @@ fn request(id: &str, stream: bool) -> InferenceRequest {
     }
 }
 
+fn outgoing(worker: &WorkerId, request: InferenceRequest, attempt: u32, timeout: Duration) -> Outgoing {
+    Outgoing { worker: worker.clone(), request: Arc::new(request), attempt, timeout, traceparent: None, older: false }
+}
+
 /// A worker of this process and the controller's end of its port.
 struct Local {
     worker: Worker,
@@ -63,15 +67,11 @@ impl Local {
     }
 
     async fn ask(&self, request: InferenceRequest, attempt: u32, timeout: Duration) -> Mailbox {
-        let outgoing = Outgoing {
-            worker: self.worker.id().clone(),
-            request: Arc::new(request),
-            attempt,
-            timeout,
-            traceparent: None,
-            older: false,
-        };
-        self.hub.send(outgoing).await.unwrap()
+        self.hub.send(outgoing(self.worker.id(), request, attempt, timeout)).await.unwrap()
+    }
+
+    fn cancel(&self, id: &str, attempt: u32) {
+        self.hub.cancel(&outgoing(self.worker.id(), request(id, true), attempt, Duration::ZERO), &mailbox().1);
     }
 
     async fn ask_stream(&self, id: &str) -> Mailbox {

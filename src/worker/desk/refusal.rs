@@ -46,7 +46,7 @@ impl Desk {
             most => most as usize + self.limits.max_queue as usize,
         };
         let retry = |floor: &Floor| millis(floor.tally.next_place(self.limits.max_concurrent));
-        if floor.cancels.was_before(&key.request_id, key.attempt, &key.controller, now) {
+        if floor.cancels.was_before(key, now) {
             return Some(refused(ControllerErrorCode::Cancelled, "cancelled before it arrived".into(), None));
         }
         match floor.doors {
