@@ -291,8 +291,6 @@ _tools.add_to(app)
 # === options into configuration ===
 
 
-
-
 def _worker_options(
     models: dict[str, str],
     config: Path | None,

@@ -58,7 +58,9 @@ async def test_a_worker_loads_what_it_is_configured_to_and_the_rest_on_demand(
     ) as worker:
         await until(lambda: controller.worker("w") or worker.process.poll() is not None, "it joins", LOADING)
         assert worker.process.poll() is None, worker.errors()
-        await until(lambda: [each.loaded_models for each in controller.workers()] == [["warm"]], "it says what it has")
+        await until(
+            lambda: [each.loaded_models for each in controller.workers()] == [["warm"]], "it says what it has"
+        )
         assert [each.models for each in controller.workers()] == [["org/tiny", "warm", "cold"]]
         response = await controller.handle_buffered_request(ask("What do bees make?", model_id="org/tiny"))
         assert response.text == "Bees make honey."
