@@ -5,6 +5,8 @@ Knows nothing about models and requests.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -51,10 +53,13 @@ class Memory:
         return self._measure()
 
     def clear(self) -> None:
-        """Give back what mlx keeps for arrays to come."""
+        """Give back what mlx, and the C library below it, keep for what is to come."""
         import mlx.core as mx
 
         mx.clear_cache()
+        if sys.platform.startswith("linux"):
+            with contextlib.suppress(AttributeError):  # not every C library has it
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 def total_bytes() -> int:
