@@ -21,8 +21,10 @@ from mlx_serving_router import (
     ClusterConfig,
     ControllerError,
     ControllerNode,
+    Finish,
     InferenceRequest,
     TokenEvent,
+    Usage,
     WorkerNode,
 )
 
@@ -372,6 +374,31 @@ async def test_what_a_handler_raises_ends_its_request_alone(
         assert "secret" not in failed["error"]
     assert "KeyError" in caplog.text
     assert "secret" not in caplog.text
+
+
+async def test_a_handler_may_say_how_its_answer_ends(fleet: Fleet) -> None:
+    closed = asyncio.Event()
+    call = {"id": "c-1", "type": "function", "function": {"name": "time", "arguments": "{}"}}
+
+    async def handler(request: InferenceRequest) -> AsyncIterator[str | Finish]:
+        try:
+            yield "x"
+            if request.prompt == "counted":
+                yield Finish(reason="length")
+            yield Finish(reason="tool_calls", usage=Usage(7, 2, 3), tool_calls=[call])
+            yield "never read"
+        finally:
+            closed.set()
+
+    async with WorkerNode(handler, config=fleet.config(), worker_id="w", models=["echo"]):
+        *pieces, done = await (await fleet.ask("w")).rest()
+        assert [piece.get("token") for piece in pieces] == [None, "x"]
+        assert (done["finishReason"], done["toolCalls"]) == ("tool_calls", [call])
+        assert done["usage"] == {"promptTokens": 7, "completionTokens": 2, "cachedTokens": 3}
+        assert closed.is_set()
+        counted = (await (await fleet.ask("w", prompt="counted", stream=False)).rest())[-1]
+        assert (counted["text"], counted["finishReason"]) == ("x", "length")
+        assert counted["usage"] == {"promptTokens": 0, "completionTokens": 1, "cachedTokens": 0}
 
 
 async def test_a_cancellation_cancels_the_handlers_task(fleet: Fleet) -> None:
