@@ -58,18 +58,17 @@ def start(
 
 
 @contextlib.contextmanager
-def workers(url: str, names: list[str], **options: Any) -> Iterator[list[Process]]:
-    """Workers with these names (`start` has the options), ready; they are gone afterwards."""
-    started = [start(url, name, **options) for name in names]
+def ready(processes: list[Process]) -> Iterator[list[Process]]:
+    """The processes, once each has said that it is ready; they are gone afterwards."""
     try:
-        for worker in started:
-            worker.read(_LOADING)
-        yield started
+        for process in processes:
+            process.read(_LOADING)
+        yield processes
     finally:
-        for worker in started:
-            worker.end()
-        for worker in started:
-            worker.wait()
+        for process in processes:
+            process.end()
+        for process in processes:
+            process.wait()
 
 
 def resident(pid: int) -> int:
