@@ -1,6 +1,6 @@
 """Usage: python benches/soak.py [--requests N] [--minutes M] [--callers N] [--seed N] [--model FOLDER].
 
-Whether memory stays flat: thousands of requests of every kind through controller, NATS and one mlx-lm worker, a third
+Whether memory stays flat: thousands of requests of every kind through controller, NATS and one mlx-lm worker, a quarter
 of them cancelled somewhere on the way. docs/performance.md says what is measured and what counts as flat.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -448,16 +447,15 @@ async def test_heartbeats_go_on_while_the_engine_holds_the_interpreter(
     answers = await fleet.ask("w", prompt="hold")
     while (await answers.next())["type"] != "token":
         pass
-    began = time.monotonic()
-    times = []
     held = asyncio.create_task(answers.rest())
+    meanwhile = 0
     while not held.done():
         heartbeat = await heard(heartbeats)
-        times.append(time.monotonic())
         if not held.done():
             assert heartbeat["activeRequestIds"] == [answers.request_id]
-    assert times[-1] - began > 1, "the interpreter was not held for long"
-    assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 1.0
+            meanwhile += 1
+    # It is held for a second and more, which is five heartbeats: had they needed it, none would have come.
+    assert meanwhile >= 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
