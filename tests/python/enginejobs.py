@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pytest
 
     from mlx_serving_router.engine import Engine
+    from mlx_serving_router.mlx._batch import Batch
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-model" / "model"
 SECRET = "open sesame"  # what an error may quote, and nobody else
@@ -105,6 +106,45 @@ def break_at(monkeypatch: pytest.MonkeyPatch, request_id: str, place: int) -> No
         return push(answer, token, logprobs)
 
     monkeypatch.setattr(Answer, "push", broken)
+
+
+class Steps:
+    """The steps of engines of this process: counted as they begin, and held up where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mlx_serving_router.mlx._batch import Batch
+
+        step, self.count = Batch.step, 0
+        self._go, self._held = threading.Event(), threading.Event()
+        self._go.set()
+
+        def counted(batch: Batch) -> None:
+            if not self._go.is_set():
+                self._held.set()
+                assert self._go.wait(PATIENCE)
+            self.count += 1
+            self._batch = batch
+            step(batch)
+
+        self._batch: Batch | None = None
+        monkeypatch.setattr(Batch, "step", counted)
+
+    def delivered(self) -> dict[str, int]:
+        """How many tokens of each running request were handed to the runtime; while steps are held up."""
+        answers = () if self._batch is None else self._batch._answers.values()
+        return {
+            answer.job.request.request_id: answer.generated - len(answer._undelivered) for answer in answers
+        }
+
+    def hold(self) -> None:
+        """Let no further step begin; returns when the one that runs is over."""
+        self._held.clear()
+        self._go.clear()
+        assert self._held.wait(PATIENCE), "no step begins"
+
+    def go_on(self) -> None:
+        """Undo `hold`."""
+        self._go.set()
 
 
 class FakeQueue:
