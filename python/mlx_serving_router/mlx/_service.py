@@ -80,6 +80,7 @@ class Service:
         self._ready = False
         self._refused: Literal["low", "high"] | None = None
         self._measure_at = 0.0
+        self._to_measure = True  # there was work since the memory was looked at
 
     @property
     def phase(self) -> EnginePhase:
@@ -115,6 +116,7 @@ class Service:
                 self._admit(job)
                 del job  # a job is over when nobody holds it; the next one may be long in coming
                 active = self._active()
+            self._to_measure |= active > 0 or bool(self._models.loading)
             self._step()
             active = self._active()
 
@@ -166,7 +168,8 @@ class Service:
         """How long to wait for a job while there is no other work."""
         if self._models.loading:
             return _LOOK_AT_LOADS
-        return None if self._refused is None else _MEASURE_EVERY
+        # Without work memory does not grow; where it is short, others may give some back.
+        return _MEASURE_EVERY if self._to_measure or self._refused is not None else None
 
     def _admit(self, job: Job) -> None:
         """Let a job join. Whatever goes wrong ends this job alone."""
@@ -257,6 +260,7 @@ class Service:
         if now < self._measure_at:
             return
         self._measure_at = now + _MEASURE_EVERY
+        self._to_measure = False
         used = self._relieved()
         refused: Literal["low", "high"] | None = None
         if used > self._memory.soft:
