@@ -46,6 +46,7 @@ impl From<WorkerSnapshot> for PyWorkerInfo {
     fn from(worker: WorkerSnapshot) -> Self {
         let carrier = match worker.carrier {
             Carrier::Nats => "nats",
+            Carrier::Http => "http",
             Carrier::Local => "local",
         };
         Self(Document {

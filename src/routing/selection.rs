@@ -124,6 +124,7 @@ impl Router {
                     model_id: query.model_id,
                     exclude: query.exclude,
                     tier: Standing::Online,
+                    priority: None,
                     panic,
                     warm_up: None,
                     now,
@@ -202,8 +203,8 @@ impl Router {
         self.hub().left_out(query, None, now)
     }
 
-    /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy. Those of a tier come
-    /// into question when nobody of the tiers before has room.
+    /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy. Those of a tier, and in it
+    /// those of a priority, come into question when nobody of the ones before has room.
     fn choose(
         &self,
         candidates: Candidates<'_>,
@@ -213,14 +214,18 @@ impl Router {
     ) -> Option<(usize, Choice)> {
         [Standing::Online, Standing::Degraded, Standing::Held].into_iter().find_map(|tier| {
             let candidates = Candidates { tier, ..candidates };
-            let Some(session) = session else {
-                return self.choose_by_strategy(candidates, caches);
-            };
             let own = bound.and_then(|bound| candidates.model.find(bound.life)).filter(|&place| candidates.admits(place));
             if let Some(place) = own {
                 return Some((place, Choice::Affinity));
             }
-            Some((candidates.highest_score(rendezvous::fnv(session))?, Choice::Rendezvous))
+            let pick = |candidates: Candidates<'_>| match session {
+                Some(session) => Some((candidates.highest_score(rendezvous::fnv(session))?, Choice::Rendezvous)),
+                None => self.choose_by_strategy(candidates, caches),
+            };
+            match &*candidates.model.priorities {
+                [] => pick(candidates),
+                priorities => priorities.iter().find_map(|&priority| pick(Candidates { priority: Some(priority), ..candidates })),
+            }
         })
     }
 

@@ -1,6 +1,7 @@
 //! The way back of one attempt: a bounded queue from whatever carries the replies to the attempt that waits for them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
@@ -11,6 +12,9 @@ use crate::wire::{Reply, Undecodable};
 /// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far
 /// beyond what gathers while an attempt waits its turn; only a reader that stalls lets it fill up, or a test of races.
 const CAPACITY: usize = if cfg!(feature = "shuttle") { 3 } else { 1024 };
+
+/// How long a carrier that can wait does so for a reader that stalls.
+const READER_LONGEST: Duration = Duration::from_secs(30);
 
 /// What arrives for an attempt.
 #[derive(Debug)]
@@ -110,6 +114,19 @@ impl Postbox {
                 false
             }
             Err(mpsc::error::TrySendError::Closed(_)) => false,
+        }
+    }
+
+    /// Posts as soon as it fits, for a carrier that can hold its worker back. `false`: the attempt is over, or its mailbox
+    /// was full for so long that it ends with [`Delivery::Overflow`].
+    pub async fn post_in_time(&self, delivery: Delivery) -> bool {
+        match tokio::time::timeout(READER_LONGEST, self.sender.reserve()).await {
+            Ok(Ok(place)) => {
+                place.send(delivery);
+                true
+            }
+            Ok(Err(_)) => false,
+            Err(_) => self.post(delivery),
         }
     }
 
