@@ -113,7 +113,7 @@ def serve(
     prefix: _Prefix = None,
     debug: _Debug = False,
 ) -> None:
-    """Run the controller and its web front-end; workers join over NATS."""
+    """Run the controller and its web front-end; workers join over NATS, or are servers of the configuration."""
     with _told(debug=debug):
         from mlx_serving_router import _command, _logging, _serve
 
@@ -128,8 +128,10 @@ def serve(
             if server is not None:
                 _show_server(server)
                 _show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
-            elif shown["nats"]["mode"] == "none":
+            elif shown["nats"]["mode"] == "none" and not shown["workers"]["static"]:
                 _show("note", "nats.mode is none: no worker of another process can join")
+            for worker in shown["workers"]["static"]:
+                _show("asks", f"{worker['url']} as {worker['workerId']}")
             _show(
                 "to try", _serve.curl_line(address.url, "NAME", with_key=bool(shown["controller"]["apiKeys"]))
             )

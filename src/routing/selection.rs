@@ -88,6 +88,8 @@ pub enum LeftOut {
     Degraded,
     /// It has not been heard from since our own connection was down.
     Unheard,
+    /// One of a higher priority was free.
+    LowerPriority,
 }
 
 /// Slow start is for models with at least so many online workers.
@@ -353,6 +355,7 @@ impl Hub {
                     _ if !worker.admits(panic, now) => LeftOut::CircuitOpen,
                     _ if !worker.load.has_room(now) => LeftOut::Full,
                     standing if chosen.is_some_and(|chosen| standing > chosen.standing()) => LeftOut::Degraded,
+                    _ if chosen.is_some_and(|chosen| worker.priority < chosen.priority) => LeftOut::LowerPriority,
                     _ => return None,
                 };
                 Some((worker.id.clone(), why))
@@ -397,6 +400,7 @@ impl LeftOut {
             Self::Full => "full",
             Self::Degraded => "degraded",
             Self::Unheard => "unheard",
+            Self::LowerPriority => "lower_priority",
         }
     }
 }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
+import ssl
 import sys
+import threading
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +20,7 @@ from cluster import ask, settings
 from enginejobs import MODEL
 from mlx_serving_router import ControllerError, ControllerNode, WorkerNode
 from mlx_serving_router.fastapi import create_app
-from programs import PATIENCE, Program, program
+from programs import PATIENCE, ROOT, Program, program
 from serving import serve
 
 if TYPE_CHECKING:
@@ -30,6 +34,59 @@ pytestmark = pytest.mark.model
 MILLIS = int(PATIENCE * 1000)
 LIMITS = {"timeoutMs": MILLIS, "streamingTimeoutMs": MILLIS, "streamIdleTimeoutMs": MILLIS}
 BEES = "Bees make honey."
+TLS = ROOT / "tests" / "fixtures" / "tls"
+
+
+class Secure(BaseHTTPRequestHandler):
+    """A server behind TLS that says one word."""
+
+    def do_GET(self) -> None:
+        """It is well."""
+        self._answer("application/json", "{}")
+
+    def do_POST(self) -> None:
+        """Its word."""
+        self.rfile.read(int(self.headers["content-length"]))
+        chunk = {"choices": [{"index": 0, "delta": {"content": "safe"}, "finish_reason": "stop"}]}
+        self._answer("text/event-stream", f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n")
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing of it."""
+
+    def _answer(self, kind: str, text: str) -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def secure() -> Iterator[str]:
+    """The address of such a server."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "localhost.pem", TLS / "localhost.key")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Secure) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"https://localhost:{server.server_address[1]}"
+        server.shutdown()
+        thread.join(PATIENCE)
+
+
+async def test_a_server_behind_tls_is_known_by_its_certificate(
+    secure: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    static = {"workerId": "a", "url": secure, "models": ["tiny"]}
+    settings = {"nats": {"mode": "none"}, "workers": {"static": [static]}}
+    async with ControllerNode(settings) as stranger:
+        with pytest.raises(TimeoutError):
+            await stranger.wait_for_workers(1, timeout=0.5)
+    assert "certificate" in caplog.text
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "localhost.pem"))
+    async with ControllerNode(settings) as controller:
+        await controller.wait_for_workers(1, timeout=PATIENCE)
+        assert (await controller.handle_buffered_request(ask())).text == "safe"
 
 
 class Server:

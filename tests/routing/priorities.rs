@@ -1,7 +1,7 @@
 //! Workers of a higher priority come first, whatever the strategy, as long as one of them is free.
 
 use mlx_serving_router::config::Strategy;
-use mlx_serving_router::routing::Choice;
+use mlx_serving_router::routing::{Choice, LeftOut};
 use mlx_serving_router::wire::WorkerStatus;
 
 use super::{ANY, FAILURE, Query, World, heartbeat, id, registration};
@@ -59,6 +59,10 @@ fn one_that_failed_or_whose_breaker_is_open_is_passed_over() {
     let excluded = [id("w2")];
     let next = world.query(&Query { exclude: &excluded, ..ANY }).unwrap();
     assert!(["w1", "w4"].contains(&next.worker_id().as_str()));
+    let reasons = next.left_out(&Query { exclude: &excluded, ..ANY }, world.now);
+    let reason = |worker: &str| reasons.iter().find(|(name, _)| name.as_str() == worker).map(|(_, why)| *why);
+    assert_eq!((reason("w2"), reason("w0")), (Some(LeftOut::Tried), Some(LeftOut::LowerPriority)));
+    assert_eq!([reason("w1"), reason("w4")], [None, None]);
     drop(next);
     world.finish("w2", FAILURE, 5);
     assert_ne!(world.select().unwrap().worker_id().as_str(), "w2");

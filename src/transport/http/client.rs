@@ -76,10 +76,10 @@ impl Client {
     /// What it means that there is no response.
     pub(super) fn failure(&self, error: &Error, server: &Uri) -> ControllerError {
         let unavailable = |what: String| ControllerError::new(ControllerErrorCode::WorkerUnavailable, what);
-        let cause = find::<io::Error>(error);
         let where_ = server.authority().map_or_else(String::new, |authority| format!(" at {authority}"));
         if error.is_connect() {
-            let what = match cause.map(io::Error::kind) {
+            let what = match find::<io::Error>(error).map(io::Error::kind) {
+                _ if is_refused(error) => format!("nobody listens{where_}"),
                 Some(io::ErrorKind::TimedOut) => {
                     let millis = u64::try_from(self.connect_limit.as_millis()).unwrap_or(u64::MAX);
                     let what = format!("the worker{where_} took no connection within {millis} ms");
@@ -87,7 +87,6 @@ impl Client {
                         .with("limit", "accept")
                         .with("timeoutMs", millis);
                 }
-                Some(io::ErrorKind::ConnectionRefused) => format!("nobody listens{where_}"),
                 _ => format!("no connection to the worker{where_}: {}", innermost(error)),
             };
             return unavailable(what).with("noResponders", true);
@@ -107,6 +106,11 @@ fn builder() -> Builder {
         .pool_max_idle_per_host(IDLE_MOST)
         .http1_max_buf_size(BUFFER);
     builder
+}
+
+/// Whether nobody listens at the server's address.
+pub(super) fn is_refused(error: &Error) -> bool {
+    error.is_connect() && find::<io::Error>(error).is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// The cause of this type.

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::HttpTransport;
-use super::client::Payload;
+use super::client::{Payload, is_refused};
 use super::exchange::{AGENT, WORDS_MOST, collect};
 use super::server::Server;
 use crate::wire::WorkerId;
@@ -108,11 +108,10 @@ impl HttpTransport {
             request.headers_mut().insert(AUTHORIZATION, key.clone());
         }
         let response = self.client.send(request).await.map_err(|error| {
-            let error = self.client.failure(&error, uri);
-            if error.context().contains_key("noResponders") {
+            if is_refused(&error) {
                 Absence::NobodyListens
             } else {
-                Absence::Unfit(error.message().into())
+                Absence::Unfit(self.client.failure(&error, uri).message().into())
             }
         })?;
         let status = response.status();
