@@ -182,7 +182,7 @@ impl PyWorkerInfo {
         &self.0.hostname
     }
 
-    /// Who carries requests to it: `nats` or `local`.
+    /// Who carries requests to it: `nats`, `http` or `local`.
     #[getter]
     fn carrier(&self) -> &str {
         &self.0.carrier

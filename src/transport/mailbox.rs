@@ -172,3 +172,46 @@ impl std::fmt::Debug for OnDrop {
 
 #[cfg(all(test, feature = "shuttle"))]
 mod races;
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn accepted() -> Delivery {
+        Delivery::Reply(Reply::Accepted { queue_position: 0 })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_can_wait_waits_for_room() {
+        let (postbox, mut mailbox) = mailbox();
+        let posting = tokio::spawn(async move {
+            for _ in 0..3 * CAPACITY {
+                assert!(postbox.post_in_time(accepted()).await);
+            }
+        });
+        for _ in 0..3 * CAPACITY {
+            assert!(matches!(mailbox.recv().await, Some(Delivery::Reply(_))));
+        }
+        posting.await.unwrap();
+        assert!(mailbox.recv().await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_stalls_for_too_long_loses_the_rest_and_is_told_so() {
+        let (postbox, mut mailbox) = mailbox();
+        for _ in 0..CAPACITY {
+            assert!(postbox.post_in_time(accepted()).await);
+        }
+        let began = tokio::time::Instant::now();
+        assert!(!postbox.post_in_time(accepted()).await);
+        assert_eq!(began.elapsed(), READER_LONGEST);
+        for _ in 0..CAPACITY {
+            assert!(matches!(mailbox.try_recv(), Some(Delivery::Reply(_))));
+        }
+        assert!(matches!(mailbox.try_recv(), Some(Delivery::Overflow)));
+        drop(mailbox);
+        assert!(!postbox.post_in_time(accepted()).await);
+    }
+}
