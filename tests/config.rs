@@ -203,6 +203,11 @@ fn what_no_type_says_is_checked_too() {
         ("workers: {static: [{workerId: a.b, url: 'http://a:1'}]}", "workers.static[0].workerId"),
         ("workers: {static: [{workerId: a, url: 'nats://a:1'}]}", "workers.static[0].url"),
         ("workers: {static: [{workerId: a, url: 'http://a:1'}, {workerId: a, url: 'http://b:1'}]}", "workers.static"),
+        ("workers: {static: [{workerId: a, url: 'http://u:p@a:1'}]}", "workers.static[0].url"),
+        ("workers: {static: [{workerId: a, url: 'http://a:1/#x'}]}", "workers.static[0].url"),
+        ("workers: {static: [{workerId: a, url: 'http://a:1', models: []}]}", "workers.static[0].models"),
+        ("workers: {static: [{workerId: a, url: 'http://a:1', models: ['m=']}]}", "workers.static[0].models"),
+        ("workers: {static: [{workerId: a, url: 'http://a:1', maxConcurrent: 0}]}", "workers.static[0].maxConcurrent"),
         ("workers: {static: [{workerId: a, url: 'http://a:1', apiKey: ''}]}", "workers.static[0].apiKey"),
         ("loadBalancing: {weights: {a: -1}}", "loadBalancing.weights"),
     ] {
@@ -347,7 +352,7 @@ fn secrets_are_never_shown() {
     let text = "
 nats: {serverUrl: 'nats://token-SECRET@a:4222', user: me, password: SECRET}
 controller: {apiKeys: [SECRET, SECRET]}
-workers: {static: [{workerId: a, url: 'http://u:SECRET@a:1/', apiKey: SECRET}]}
+workers: {static: [{workerId: a, url: 'http://a:1/', apiKey: SECRET}]}
 ";
     let config = yaml(text).unwrap();
     for shown in [format!("{config:?}"), format!("{config:#?}"), config.redacted().to_string()] {
@@ -363,6 +368,8 @@ workers: {static: [{workerId: a, url: 'http://u:SECRET@a:1/', apiKey: SECRET}]}
         "nats: {user: a, password: SECRET, credentialsFile: f}",
         "nats:\n  password: SECRET\n  : [\n",
         "workers: {static: [{workerId: a, url: 'SECRET@http', apiKey: SECRET}]}",
+        "workers: {static: [{workerId: a, url: 'http://u:SECRET@a:1', apiKey: SECRET}]}",
+        "workers: {static: [{workerId: a, url: 'http://a:1/?key=SECRET'}]}",
     ] {
         let error = yaml(text).expect_err(text);
         let shown = format!("{error} {error:?}");

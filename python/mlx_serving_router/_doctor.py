@@ -35,6 +35,8 @@ _LEAST_PAYLOAD: Final = 1024 * 1024
 #: Beyond it times in logs and answers mislead.
 _CLOCK_MS: Final = 2000
 _SLOW_MS: Final = 20.0
+#: Seconds for an answer over HTTP.
+_PATIENCE: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def examine(
     yield Finding("ok", "config", str(path) if path is not None else "defaults, and the environment")
     settings = config.to_dict()
     yield from _nats(config, settings, seconds)
+    for worker in settings["workers"]["static"]:
+        yield _static(worker)
     yield from _front_end(settings["controller"])
     yield from _models(models)
 
@@ -194,6 +198,28 @@ def _fleet(workers: Sequence[dict[str, Any]], seconds: float) -> Iterator[Findin
             yield Finding("ok", "model", f"{model}: {count} workers")
 
 
+def _static(worker: dict[str, Any]) -> Finding:
+    name, url = worker["workerId"], worker["url"].rstrip("/").removesuffix("/v1")
+    headers = {"authorization": f"Bearer {worker['apiKey']}"} if worker["apiKey"] else {}
+    try:
+        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=_PATIENCE, trust_env=False)
+        models = [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        advice = "; it wants another apiKey" if status in {401, 403} else ""
+        return Finding("wrong", "worker", f"{name}: {url}/v1/models answers {status}{advice}")
+    except httpx.HTTPError as error:
+        why = str(error) or type(error).__name__
+        return Finding(
+            "wrong",
+            "worker",
+            f"{name}: nobody answers at {url} ({why}); start that server, or correct its url",
+        )
+    except (ValueError, KeyError, TypeError):
+        return Finding("wrong", "worker", f"{name}: {url} does not speak the OpenAI API")
+    return Finding("ok", "worker", f"{name} at {url}: {', '.join(models[:8]) or 'no model'}")
+
+
 # === this machine ===
 
 
@@ -203,7 +229,7 @@ def _front_end(controller: dict[str, Any]) -> Iterator[Finding]:
     if port and _answers(at, port):
         url = f"http://{f'[{at}]' if ':' in at else at}:{port}"
         with contextlib.suppress(httpx.HTTPError, ValueError):
-            with httpx.Client(timeout=5, trust_env=False) as http:
+            with httpx.Client(timeout=_PATIENCE, trust_env=False) as http:
                 ready = http.get(f"{url}/ready").json()
             yield Finding(
                 "ok",

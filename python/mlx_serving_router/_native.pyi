@@ -453,7 +453,7 @@ class WorkerInfo:
     def hostname(self) -> str:
         """The machine's name."""
     @property
-    def carrier(self) -> Literal["nats", "local"]:
+    def carrier(self) -> Literal["nats", "http", "local"]:
         """Who carries requests to it."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...

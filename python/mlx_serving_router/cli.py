@@ -199,7 +199,7 @@ def serve(
     prefix: Prefix = None,
     debug: Debug = False,
 ) -> None:
-    """Run the controller and its web front-end; workers join over NATS."""
+    """Run the controller and its web front-end; workers join over NATS, or are servers of the configuration."""
     with told(debug=debug):
         from mlx_serving_router import _command, _logging, _serve
 
@@ -214,8 +214,10 @@ def serve(
             if server is not None:
                 _show_server(server)
                 show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
-            elif shown["nats"]["mode"] == "none":
+            elif shown["nats"]["mode"] == "none" and not shown["workers"]["static"]:
                 show("note", "nats.mode is none: no worker of another process can join")
+            for worker in shown["workers"]["static"]:
+                show("asks", f"{worker['url']} as {worker['workerId']}")
             show(
                 "to try", _serve.curl_line(address.url, "NAME", with_key=bool(shown["controller"]["apiKeys"]))
             )

@@ -221,13 +221,19 @@ pub struct StaticWorker {
     /// Its address: `http://host:port`.
     #[garde(custom(rules::http_url))]
     pub url: String,
-    /// What it serves; asked of the server where left out.
+    /// What it serves; asked of the server where left out. `name=server's name` where the server calls it otherwise.
     #[serde(default)]
+    #[garde(inner(custom(rules::served_models)))]
     pub models: Option<Vec<String>>,
-    /// How much it is preferred, 0 to 100.
+    /// How much it is preferred, 0 to 100: workers of a lower priority are chosen when none of a higher one is free. Workers that
+    /// announce themselves have 0.
     #[serde(default)]
     #[garde(range(max = 100))]
     pub priority: u8,
+    /// The most requests that it is given at a time; no limit where left out.
+    #[serde(default, alias = "max_concurrent")]
+    #[garde(range(min = 1))]
+    pub max_concurrent: Option<u32>,
     /// Its bearer token. Never shown.
     #[serde(default, alias = "api_key")]
     #[garde(inner(custom(rules::not_empty)))]
@@ -419,6 +425,15 @@ impl fmt::Debug for ControllerConfig {
 
 // === impl StaticWorker ===
 
+impl StaticWorker {
+    /// The models of the configuration, each with the server's own name for it.
+    #[must_use]
+    pub fn served(&self) -> Option<Vec<(&str, &str)>> {
+        let models = self.models.as_ref()?;
+        Some(models.iter().map(|model| model.split_once('=').unwrap_or((model, model))).collect())
+    }
+}
+
 /// Shows everything but secrets.
 impl fmt::Debug for StaticWorker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -427,6 +442,7 @@ impl fmt::Debug for StaticWorker {
             .field("url", &redact::url(&self.url))
             .field("models", &self.models)
             .field("priority", &self.priority)
+            .field("max_concurrent", &self.max_concurrent)
             .field("api_key", &self.api_key.as_ref().map(|_| redact::HIDDEN))
             .finish()
     }

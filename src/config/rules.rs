@@ -34,7 +34,21 @@ pub(super) fn server_urls<C>(urls: &ServerUrls, _: &C) -> Result {
 
 /// The URL of a server that speaks the OpenAI API.
 pub(super) fn http_url<C>(url: &str, _: &C) -> Result {
-    with_scheme(url, &["http", "https"])
+    with_scheme(url, &["http", "https"])?;
+    match url.find(['@', '?', '#']) {
+        Some(_) => refuse(format_args!("{:?} has more than an address; a key belongs into apiKey", redact::url(url))),
+        None => Ok(()),
+    }
+}
+
+/// Models of a server, at least one, each a name or `name=server's name`.
+pub(super) fn served_models<C>(models: &[String], _: &C) -> Result {
+    let names = |model: &String| model.split_once('=').map_or_else(|| vec![model.clone()], |(a, b)| vec![a.into(), b.into()]);
+    match models.iter().find(|model| names(model).iter().any(String::is_empty)) {
+        _ if models.is_empty() => refuse("is an empty list; leave the key out to have the server asked"),
+        Some(model) => refuse(format_args!("{model:?} has an empty name; expected \"name\" or \"name=server's name\"")),
+        None => Ok(()),
+    }
 }
 
 fn with_scheme(url: &str, allowed: &[&str]) -> Result {

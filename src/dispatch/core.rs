@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
@@ -18,6 +19,7 @@ use crate::config::ClusterConfig;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::routing::{Carrier, Router, RouterSettings};
 use crate::telemetry::{Gauges, Metrics, Requests, WorkerGauges};
+use crate::transport::http::HttpTransport;
 use crate::transport::nats::NatsTransport;
 use crate::transport::{LocalHub, Transport};
 
@@ -38,6 +40,7 @@ pub(super) struct Core {
     pub(super) admission: Arc<Admission>,
     pub(super) hub: Arc<LocalHub>,
     pub(super) nats: OnceLock<Arc<NatsTransport>>,
+    pub(super) http: Arc<HttpTransport>,
     pub(super) state: watch::Sender<ControllerState>,
     /// Fires when running requests are cut off.
     pub(super) cut: CancellationToken,
@@ -70,6 +73,7 @@ impl Core {
         let observer = events.clone();
         let routing = &config.request_routing;
         let retry = RetryPolicy::new(&routing.retry);
+        let accept = Duration::from_millis(routing.accept_timeout_ms);
         Ok(Arc::new(Self {
             router: Router::new(settings, rng.u64(..), Box::new(move |event| observer.observe(event))),
             requests: Requests::new(&config.request_metrics),
@@ -78,6 +82,7 @@ impl Core {
             admission: Admission::new(&routing.admission),
             hub: Arc::new(LocalHub::new(id.clone())),
             nats: OnceLock::new(),
+            http: Arc::new(HttpTransport::new(&config.workers.r#static, accept)?),
             state: watch::Sender::new(ControllerState::Idle),
             cut: CancellationToken::new(),
             ended: Notify::new(),
@@ -125,6 +130,7 @@ impl Core {
     pub(super) fn transport(&self, carrier: Carrier) -> Arc<dyn Transport> {
         match (carrier, self.nats.get()) {
             (Carrier::Nats, Some(nats)) => nats.clone(),
+            (Carrier::Http, _) => self.http.clone(),
             // Without NATS there are no workers behind it.
             (Carrier::Nats, None) | (Carrier::Local, _) => self.hub.clone(),
         }
@@ -162,9 +168,6 @@ impl Core {
 /// Better refused at the start than found missing later.
 fn refuse_what_is_missing(config: &ClusterConfig) -> Result<(), ControllerError> {
     let refuse = |key: &str, what: &str| Err(ControllerError::validation(key, format!("{what} not available in this version")));
-    if !config.workers.r#static.is_empty() {
-        return refuse("workers.static", "HTTP workers are");
-    }
     if config.request_routing.hedging.enabled {
         return refuse("requestRouting.hedging.enabled", "hedging is");
     }

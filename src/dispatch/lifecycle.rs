@@ -10,7 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::controller::ControllerState;
 use super::core::{Core, not_ready};
-use super::membership;
+use super::{membership, probes};
 use crate::config::{NatsConfig, NatsMode, ServerUrls};
 use crate::error::ControllerError;
 use crate::transport::nats::{NatsConnection, NatsTransport};
@@ -58,6 +58,9 @@ impl Lifecycle {
         self.go_on(ControllerState::Starting)?;
         self.spawn(tick(self.core.clone()));
         self.spawn(usher(self.core.clone()));
+        for worker in &config.workers.r#static {
+            self.spawn(probes::watch(self.core.clone(), worker.clone()));
+        }
         self.go_on(ControllerState::Ready)?;
         unfinished.finish();
         let (nats, strategy) = (json!(config.nats.mode), json!(config.load_balancing.strategy));

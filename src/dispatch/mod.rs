@@ -3,7 +3,7 @@
 //! | file | what it does |
 //! |---|---|
 //! | `controller`, `core` | the door, and what all parts of one controller share |
-//! | `lifecycle`, `membership` | start, drain, stop; who comes and goes |
+//! | `lifecycle`, `membership`, `probes` | start, drain, stop; who comes and goes |
 //! | `call` | one request: who is asked, who is asked next, what the caller is told |
 //! | `attempt`, `limits` | one attempt under its four timers |
 //! | `retry` | whether and when another worker is tried; pure |
@@ -12,7 +12,7 @@
 //! | `events`, `left_out` | what is told of it |
 //!
 //! Dropping a future of this room at any point undoes everything through guards. The room knows transports by their trait;
-//! only its start names NATS.
+//! only its start names NATS, and only what looks at servers names HTTP.
 
 mod admission;
 mod answer;
@@ -25,6 +25,7 @@ mod left_out;
 mod lifecycle;
 mod limits;
 mod membership;
+mod probes;
 mod retry;
 mod stream;
 

@@ -46,6 +46,7 @@ impl From<WorkerSnapshot> for PyWorkerInfo {
     fn from(worker: WorkerSnapshot) -> Self {
         let carrier = match worker.carrier {
             Carrier::Nats => "nats",
+            Carrier::Http => "http",
             Carrier::Local => "local",
         };
         Self(Document {
@@ -181,7 +182,7 @@ impl PyWorkerInfo {
         &self.0.hostname
     }
 
-    /// Who carries requests to it: `nats` or `local`.
+    /// Who carries requests to it: `nats`, `http` or `local`.
     #[getter]
     fn carrier(&self) -> &str {
         &self.0.carrier

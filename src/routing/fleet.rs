@@ -2,7 +2,7 @@
 //!
 //! It is swapped whole when membership changes, and holds no state of its own but whose turn it is.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +36,8 @@ pub(super) struct Model {
     accounts: Box<[u32]>,
     /// By the number of an account: the place, or [`NOBODY`].
     places: Box<[u32]>,
+    /// The priorities that its workers have, the highest first; empty where all have the same.
+    pub(super) priorities: Box<[u8]>,
     /// The place after that of the last one chosen.
     turn: Arc<AtomicUsize>,
 }
@@ -51,6 +53,8 @@ pub(super) struct Candidates<'a> {
     pub(super) exclude: &'a [WorkerId],
     /// Those who stand so, and no others.
     pub(super) tier: Standing,
+    /// Those of this priority, and no others; `None`: all.
+    pub(super) priority: Option<u8>,
     /// Too few of the model's workers are admitted: those opened by their failure rate are candidates too.
     pub(super) panic: bool,
     /// New workers are candidates now and then only.
@@ -112,7 +116,10 @@ impl Model {
         let numbers = || workers.iter().map(|worker| worker.life.account);
         let mut places = vec![NOBODY; numbers().max().map_or(0, |last| last as usize + 1)];
         (0..).zip(numbers()).for_each(|(place, number)| places[number as usize] = place);
+        let priorities: BTreeSet<u8> = workers.iter().map(|worker| worker.priority).collect();
+        let priorities: Box<[u8]> = priorities.into_iter().rev().collect();
         Self {
+            priorities: if priorities.len() > 1 { priorities } else { Box::default() },
             seats: workers.iter().map(|worker| worker.seat).collect(),
             accounts: numbers().map(|number| ledger.place(number) as u32).collect(),
             places: places.into(),
@@ -140,6 +147,7 @@ impl<'a> Candidates<'a> {
     pub(super) fn admits(&self, place: usize) -> bool {
         let worker = &*self.model.workers[place];
         worker.standing() == self.tier
+            && self.priority.is_none_or(|priority| worker.priority == priority)
             && worker.load.has_room(self.now)
             && !self.exclude.contains(&worker.id)
             && worker.admits(self.panic, self.now)

@@ -227,6 +227,15 @@ impl Registry {
         true
     }
 
+    /// This life of a worker is known to be over: it need not be waited for its silence.
+    pub(super) fn lost(&mut self, id: &str, incarnation: &str, now: Instant, effects: &mut Effects) {
+        let Some(worker) = self.members.get(id).map(|member| member.worker.clone()) else { return };
+        if *worker.incarnation == *incarnation && worker.live().offline.is_none() {
+            effects.gone.push(worker.live().gone.clone());
+            self.change(&worker, effects, |live| live.offline = Some(now));
+        }
+    }
+
     /// Forgets a worker at once.
     pub(super) fn remove(&mut self, id: &str, effects: &mut Effects) {
         let Some((id, mut member)) = self.members.remove_entry(id) else { return };
@@ -264,17 +273,19 @@ impl Registry {
 
     /// Does what is due by the clock: silent workers go offline, those who left are forgotten.
     pub(super) fn expire(&mut self, now: Instant, effects: &mut Effects) {
-        if self.frozen.is_some() {
-            return;
+        let is_frozen = self.frozen.is_some();
+        if !is_frozen {
+            self.departed.expire(now);
         }
-        self.departed.expire(now);
         let timeout = self.hub.settings.worker_offline_timeout;
         let missed = self.hub.settings.heartbeat_interval.mul_f64(MISSED_AFTER);
         let mut silent = Vec::new();
         let mut suspect = Vec::new();
         let mut over = Vec::new();
         let mut rested = Vec::new();
-        for Member { worker, .. } in self.members.values() {
+        // Whoever is not reached through the connection that is down is judged all the same.
+        let judged = self.members.values().filter(|member| !is_frozen || member.worker.carrier == Carrier::Http);
+        for Member { worker, .. } in judged {
             let live = worker.live();
             let silence = now.saturating_duration_since(live.silent_since);
             if live.held.is_some_and(|until| now >= until) {
@@ -292,9 +303,9 @@ impl Registry {
                 if now.saturating_duration_since(at) >= timeout * FORGOTTEN_AFTER {
                     over.push(worker.id.clone());
                 }
-            } else if worker.carrier == Carrier::Nats && silence >= timeout {
+            } else if worker.carrier != Carrier::Local && silence >= timeout {
                 silent.push(worker.clone());
-            } else if worker.carrier == Carrier::Nats && silence >= missed && !live.suspect {
+            } else if worker.carrier != Carrier::Local && silence >= missed && !live.suspect {
                 suspect.push(worker.clone());
             } else if live.drained.is_some_and(|at| now.saturating_duration_since(at) >= DRAIN_LIMIT) {
                 effects.gone.push(live.gone.clone());
@@ -313,6 +324,9 @@ impl Registry {
         for id in over {
             self.remove(&id, effects);
         }
+        if is_frozen {
+            return;
+        }
         self.leaving.retain(|worker| {
             let live = worker.live();
             let late = live.deregistered.is_none_or(|at| now.saturating_duration_since(at) >= DRAIN_LIMIT);
@@ -326,7 +340,7 @@ impl Registry {
     fn admit(&mut self, registration: &Registration, carrier: Carrier, mut history: History, is_back: bool, now: Instant) {
         self.serial += 1;
         let worker = Arc::new(Worker::new(registration, carrier, self.serial, self.hub.clone(), now));
-        if is_back && carrier == Carrier::Nats {
+        if is_back && carrier != Carrier::Local {
             let held = history.back(self.hub.settings.flap_hold_max, now);
             worker.change(|live| live.held = held);
         }

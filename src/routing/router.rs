@@ -69,6 +69,11 @@ impl Router {
         self.with_registry(|registry, effects| registry.deregister(worker, now, effects));
     }
 
+    /// This life of a worker is known to be over: it goes offline without the time that silence takes.
+    pub fn lost(&self, worker: &WorkerId, incarnation: &str, now: Instant) {
+        self.with_registry(|registry, effects| registry.lost(worker, incarnation, now, effects));
+    }
+
     /// Forgets a worker at once; its `gone` tokens fire.
     pub fn remove(&self, worker: &WorkerId) {
         self.with_registry(|registry, effects| registry.remove(worker, effects));

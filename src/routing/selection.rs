@@ -88,6 +88,8 @@ pub enum LeftOut {
     Degraded,
     /// It has not been heard from since our own connection was down.
     Unheard,
+    /// One of a higher priority was free.
+    LowerPriority,
 }
 
 /// Slow start is for models with at least so many online workers.
@@ -124,6 +126,7 @@ impl Router {
                     model_id: query.model_id,
                     exclude: query.exclude,
                     tier: Standing::Online,
+                    priority: None,
                     panic,
                     warm_up: None,
                     now,
@@ -202,8 +205,8 @@ impl Router {
         self.hub().left_out(query, None, now)
     }
 
-    /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy. Those of a tier come
-    /// into question when nobody of the tiers before has room.
+    /// The candidate that gets the request: the session's own, or by rendezvous, or by the strategy. Those of a tier, and in it
+    /// those of a priority, come into question when nobody of the ones before has room.
     fn choose(
         &self,
         candidates: Candidates<'_>,
@@ -213,14 +216,18 @@ impl Router {
     ) -> Option<(usize, Choice)> {
         [Standing::Online, Standing::Degraded, Standing::Held].into_iter().find_map(|tier| {
             let candidates = Candidates { tier, ..candidates };
-            let Some(session) = session else {
-                return self.choose_by_strategy(candidates, caches);
-            };
             let own = bound.and_then(|bound| candidates.model.find(bound.life)).filter(|&place| candidates.admits(place));
             if let Some(place) = own {
                 return Some((place, Choice::Affinity));
             }
-            Some((candidates.highest_score(rendezvous::fnv(session))?, Choice::Rendezvous))
+            let pick = |candidates: Candidates<'_>| match session {
+                Some(session) => Some((candidates.highest_score(rendezvous::fnv(session))?, Choice::Rendezvous)),
+                None => self.choose_by_strategy(candidates, caches),
+            };
+            match &*candidates.model.priorities {
+                [] => pick(candidates),
+                priorities => priorities.iter().find_map(|&priority| pick(Candidates { priority: Some(priority), ..candidates })),
+            }
         })
     }
 
@@ -348,6 +355,7 @@ impl Hub {
                     _ if !worker.admits(panic, now) => LeftOut::CircuitOpen,
                     _ if !worker.load.has_room(now) => LeftOut::Full,
                     standing if chosen.is_some_and(|chosen| standing > chosen.standing()) => LeftOut::Degraded,
+                    _ if chosen.is_some_and(|chosen| worker.priority < chosen.priority) => LeftOut::LowerPriority,
                     _ => return None,
                 };
                 Some((worker.id.clone(), why))
@@ -392,6 +400,7 @@ impl LeftOut {
             Self::Full => "full",
             Self::Degraded => "degraded",
             Self::Unheard => "unheard",
+            Self::LowerPriority => "lower_priority",
         }
     }
 }

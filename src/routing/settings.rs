@@ -13,6 +13,8 @@ pub struct RouterSettings {
     pub strategy: Strategy,
     /// Weights by worker id, for `weighted_random`; 1 where none is given.
     pub weights: BTreeMap<String, f64>,
+    /// Priorities by worker id, 0 to 100; 0 where none is given.
+    pub priorities: BTreeMap<String, u8>,
     /// Whether a session stays on its worker.
     pub session_affinity: bool,
     /// A session is forgotten when it was not used for so long.
@@ -77,6 +79,7 @@ impl TryFrom<&ClusterConfig> for RouterSettings {
         Ok(Self {
             strategy: balancing.strategy,
             weights: balancing.weights.clone(),
+            priorities: config.workers.r#static.iter().map(|worker| (worker.worker_id.clone(), worker.priority)).collect(),
             session_affinity: balancing.session_affinity,
             session_ttl: Duration::from_millis(routing.session_ttl),
             max_sessions: routing.max_sessions,

@@ -23,6 +23,8 @@ use crate::wire::{Capacity, Feature, Heartbeat, Phase, Registration, WorkerId, W
 pub enum Carrier {
     /// NATS: it gives signs of life, and silence means that it is gone.
     Nats,
+    /// HTTP: it is looked at every so often, which gives signs of life in its name.
+    Http,
     /// This process: it is there until it is removed.
     Local,
 }
@@ -75,6 +77,8 @@ pub(super) struct Worker {
     pub(super) seat: u64,
     /// For `weighted_random`.
     pub(super) weight: f64,
+    /// Those of a lower one are chosen when none of a higher one is free.
+    pub(super) priority: u8,
     features: AtomicU8,
     live: Mutex<Live>,
 }
@@ -157,6 +161,7 @@ impl Worker {
             legacy: registration.is_older(),
             seat: rendezvous::seat(&id),
             weight: hub.settings.weights.get(id.as_str()).copied().unwrap_or(1.0),
+            priority: hub.settings.priorities.get(id.as_str()).copied().unwrap_or(0),
             load: Load::new(account, live.capacity.max_concurrent, now),
             breaker,
             state: AtomicU64::new(live.state()),

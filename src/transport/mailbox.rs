@@ -1,6 +1,7 @@
 //! The way back of one attempt: a bounded queue from whatever carries the replies to the attempt that waits for them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
@@ -11,6 +12,9 @@ use crate::wire::{Reply, Undecodable};
 /// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far
 /// beyond what gathers while an attempt waits its turn; only a reader that stalls lets it fill up, or a test of races.
 const CAPACITY: usize = if cfg!(feature = "shuttle") { 3 } else { 1024 };
+
+/// How long a carrier that can wait does so for a reader that stalls.
+const READER_LONGEST: Duration = Duration::from_secs(30);
 
 /// What arrives for an attempt.
 #[derive(Debug)]
@@ -127,6 +131,19 @@ impl Postbox {
         }
     }
 
+    /// Posts as soon as it fits, for a carrier that can hold its worker back. `false`: the attempt is over, or its mailbox
+    /// was full for so long that it ends with [`Delivery::Overflow`].
+    pub async fn post_in_time(&self, delivery: Delivery) -> bool {
+        match tokio::time::timeout(READER_LONGEST, self.sender.reserve()).await {
+            Ok(Ok(place)) => {
+                place.send(delivery);
+                true
+            }
+            Ok(Err(_)) => false,
+            Err(_) => self.post(delivery),
+        }
+    }
+
     /// Returns when nobody waits any more.
     pub async fn closed(&self) {
         self.sender.closed().await;
@@ -169,3 +186,46 @@ impl std::fmt::Debug for OnDrop {
 
 #[cfg(all(test, feature = "shuttle"))]
 mod races;
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn accepted() -> Delivery {
+        Delivery::Reply(Reply::Accepted { queue_position: 0 })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_can_wait_waits_for_room() {
+        let (postbox, mut mailbox) = mailbox();
+        let posting = tokio::spawn(async move {
+            for _ in 0..3 * CAPACITY {
+                assert!(postbox.post_in_time(accepted()).await);
+            }
+        });
+        for _ in 0..3 * CAPACITY {
+            assert!(matches!(mailbox.recv().await, Some(Delivery::Reply(_))));
+        }
+        posting.await.unwrap();
+        assert!(mailbox.recv().await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_stalls_for_too_long_loses_the_rest_and_is_told_so() {
+        let (postbox, mut mailbox) = mailbox();
+        for _ in 0..CAPACITY {
+            assert!(postbox.post_in_time(accepted()).await);
+        }
+        let began = tokio::time::Instant::now();
+        assert!(!postbox.post_in_time(accepted()).await);
+        assert_eq!(began.elapsed(), READER_LONGEST);
+        for _ in 0..CAPACITY {
+            assert!(matches!(mailbox.try_recv(), Some(Delivery::Reply(_))));
+        }
+        assert!(matches!(mailbox.try_recv(), Some(Delivery::Overflow)));
+        drop(mailbox);
+        assert!(!postbox.post_in_time(accepted()).await);
+    }
+}

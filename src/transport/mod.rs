@@ -3,6 +3,7 @@
 //! A transport delivers: it sends a request, hands over the replies in the order of their arrival, and says when nobody
 //! listens or its own connection is down. It knows nothing of retries, breakers or limits on time.
 
+pub mod http;
 mod local;
 mod mailbox;
 pub mod nats;

@@ -274,11 +274,13 @@ def test_doctor_says_what_keeps_a_set_up_from_working(tmp_path: Path) -> None:
         file = tmp_path / "cluster.yaml"
         file.write_text(
             f"nats: {{mode: external, serverUrl: 'nats://127.0.0.1:1'}}\ncontroller: {{port: {port}}}\n"
+            "workers: {static: [{workerId: s, url: 'http://127.0.0.1:1'}]}\n"
         )
         told = run("doctor", "-c", str(file))
     assert told.exit_code == 1
     assert "cannot connect to NATS" in told.output
     assert f"{port} on 127.0.0.1 is taken by another program" in told.output
+    assert "nobody answers at http://127.0.0.1:1" in told.output
     file.write_text("controler: {}\n")
     told = run("doctor", "-c", str(file))
     assert told.exit_code == 1
@@ -288,10 +290,14 @@ def test_doctor_says_what_keeps_a_set_up_from_working(tmp_path: Path) -> None:
 def test_doctor_knows_a_front_end_that_runs(cluster: TestCluster, tmp_path: Path) -> None:
     port = cluster.api_url.rpartition(":")[2]
     file = tmp_path / "cluster.yaml"
-    file.write_text(f"nats: {{mode: none}}\ncontroller: {{port: {port}}}\n")
+    file.write_text(
+        f"nats: {{mode: none}}\ncontroller: {{port: {port}}}\n"
+        f"workers: {{static: [{{workerId: s, url: '{cluster.api_url}'}}]}}\n"
+    )
     told = run("doctor", "-c", str(file))
     assert told.exit_code == 0
     assert "is ready, with 2 workers" in told.output
+    assert f"s at {cluster.api_url}: tiny" in told.output
 
 
 # === config ===

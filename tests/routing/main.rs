@@ -8,6 +8,7 @@ mod ledger;
 mod membership;
 mod models;
 mod prefixes;
+mod priorities;
 mod refusals;
 mod selection;
 mod sessions;

@@ -241,6 +241,36 @@ fn while_our_own_connection_is_down_nobody_goes_offline() {
 }
 
 #[test]
+fn a_worker_that_is_looked_at_does_not_depend_on_our_connection() {
+    let mut world = World::of(1, 0);
+    world.router.register(&registration("http", "1", &["m"], 0), Carrier::Http, world.now);
+    let lease = world.named("http").unwrap();
+    world.router.freeze(world.now);
+    world.pass(15_000);
+    world.router.expire(world.now);
+    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, true), "silence says something of it alone");
+    assert_eq!(world.router.register(&registration("http", "2", &["m"], 0), Carrier::Http, world.now), Registered::Replaced);
+    world.router.thaw(world.now);
+    assert_eq!(world.select().unwrap().worker_id().as_str(), "http", "it need not be heard from again");
+}
+
+#[test]
+fn a_life_that_is_known_to_be_over_is_not_waited_for() {
+    let world = World::new();
+    world.router.register(&registration("w", "1", &["m"], 0), Carrier::Http, world.now);
+    let lease = world.select().unwrap();
+    world.take_events();
+    world.router.lost(&id("w"), "0", world.now);
+    world.router.lost(&id("x"), "1", world.now);
+    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, false));
+    for _ in 0..2 {
+        world.router.lost(&id("w"), "1", world.now);
+    }
+    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (0, true));
+    assert_eq!(world.take_events(), [RouterEvent::WorkerOffline { worker_id: id("w") }]);
+}
+
+#[test]
 fn a_local_worker_stays_until_it_is_removed() {
     let mut world = World::new();
     world.router.register(&registration("local", "1", &["m"], 0), Carrier::Local, world.now);

@@ -92,7 +92,7 @@ impl NatsConnection {
                 ControllerErrorCode::NatsError,
                 format!(
                     "cannot connect to NATS at {}: {why}; start a nats-server there, correct nats.serverUrl, \
-                     or set nats.mode to embedded (a server of our own) or none (local workers only)",
+                     or set nats.mode to embedded (a server of our own) or none (local and HTTP workers only)",
                     config.server_url.shown()
                 ),
             )

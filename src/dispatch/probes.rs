@@ -1,0 +1,195 @@
+//! Workers that do not announce themselves: each is looked at every so often, and what is seen reaches the registry as its
+//! registration and its heartbeats.
+//!
+//! A server that answers after it was away is another life of its worker, with a breaker of its own: nobody can tell whether
+//! it was started anew. One that nobody listens for is offline at once; one that is silent, as any worker is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use super::core::Core;
+use crate::config::StaticWorker;
+use crate::error::epoch_ms;
+use crate::routing::{Carrier, HeartbeatVerdict, IgnoredBecause, Registered};
+use crate::transport::http::Absence;
+use crate::wire::{Capacity, Heartbeat, HeartbeatMetrics, PROTOCOL, Phase, Registration, Skills, WorkerId, WorkerStatus};
+
+/// One that is away is looked at as often as this, or as often as others.
+const AWAY_EVERY: Duration = Duration::from_secs(1);
+/// However many attempts fail, it is not looked at more often.
+const APART: Duration = Duration::from_millis(250);
+/// One look takes no longer.
+const LOOK_LONGEST: Duration = Duration::from_secs(5);
+/// How often a server is asked for its models.
+const MODELS_EVERY: Duration = Duration::from_secs(60);
+
+/// What is known of one of them.
+struct Watch {
+    core: Arc<Core>,
+    worker: WorkerId,
+    config: StaticWorker,
+    /// The life that is registered; empty before the first.
+    incarnation: String,
+    sequence: u64,
+    models: Vec<String>,
+    /// When it was asked for them.
+    asked: Option<Instant>,
+    /// What is wrong with it, as the log was told.
+    told: Option<String>,
+}
+
+/// Looks at a server until the controller stops.
+pub(super) async fn watch(core: Arc<Core>, config: StaticWorker) {
+    // Checked with the configuration.
+    let Ok(worker) = WorkerId::new(&config.worker_id) else { return };
+    let interval = Duration::from_millis(core.config.discovery.heartbeat_interval_ms);
+    let http = core.http.clone();
+    let mut watch = Watch {
+        core,
+        worker: worker.clone(),
+        config,
+        incarnation: String::new(),
+        sequence: 0,
+        models: Vec::new(),
+        asked: None,
+        told: None,
+    };
+    loop {
+        let is_there = watch.look(interval.min(LOOK_LONGEST)).await;
+        let wait = if is_there { interval } else { interval.min(AWAY_EVERY) };
+        let apart = wait.min(APART);
+        sleep(apart).await;
+        tokio::select! {
+            () = sleep(wait - apart) => {}
+            () = http.doubted(&worker) => {}
+        }
+    }
+}
+
+// === impl Watch ===
+
+impl Watch {
+    /// Looks once; whether it is there.
+    async fn look(&mut self, limit: Duration) -> bool {
+        let seen = match self.core.http.look(&self.worker, limit).await {
+            Ok(()) => self.ask_for_models(limit).await,
+            Err(absence) => Err(absence),
+        };
+        let now = Instant::now();
+        match seen {
+            Ok(are_others) => {
+                self.is_there(are_others, now);
+                true
+            }
+            Err(absence) => {
+                if absence == Absence::NobodyListens {
+                    self.core.router.lost(&self.worker, &self.incarnation, now);
+                }
+                self.tell(Some(absence.to_string()));
+                false
+            }
+        }
+    }
+
+    /// Whether it serves others than before.
+    async fn ask_for_models(&mut self, limit: Duration) -> Result<bool, Absence> {
+        let now = Instant::now();
+        let models = match self.config.served() {
+            Some(served) if self.models.is_empty() => served.into_iter().map(|(name, _)| name.to_owned()).collect(),
+            Some(_) => return Ok(false),
+            None if self.asked.is_some_and(|asked| now.saturating_duration_since(asked) < MODELS_EVERY) => return Ok(false),
+            None => match self.core.http.models(&self.worker, limit).await {
+                Ok(models) => models,
+                // It serves what it did.
+                Err(_) if !self.models.is_empty() => return Ok(false),
+                Err(Absence::Unfit(why)) => {
+                    return Err(Absence::Unfit(format!("{why}; say what it serves in workers.static[].models")));
+                }
+                Err(absence) => return Err(absence),
+            },
+        };
+        self.asked = Some(now);
+        let are_others = models != self.models;
+        self.models = models;
+        Ok(are_others)
+    }
+
+    fn is_there(&mut self, are_others: bool, now: Instant) {
+        let router = self.core.router.clone();
+        let known = router.worker(&self.worker, now);
+        if let Some(other) =
+            known.as_ref().filter(|known| known.carrier != Carrier::Http && known.status != WorkerStatus::Offline)
+        {
+            let what = format!("a worker of this name has come another way, as {}; give each its own", other.incarnation);
+            self.tell(Some(what));
+            return;
+        }
+        let lives = known.is_some_and(|known| known.status != WorkerStatus::Offline && known.incarnation == self.incarnation);
+        if lives && !are_others && router.heartbeat(&self.heartbeat(), &|_| false, now) == HeartbeatVerdict::Taken {
+            self.tell(None);
+            return;
+        }
+        if !lives {
+            self.incarnation = uuid::Uuid::new_v4().to_string();
+            self.sequence = 0;
+        }
+        if let Registered::Ignored(IgnoredBecause::FleetFull) = router.register(&self.registration(), Carrier::Http, now) {
+            let max = self.core.config.controller.max_workers;
+            self.tell(Some(format!("no room for it: controller.maxWorkers is {max}")));
+            return;
+        }
+        router.heartbeat(&self.heartbeat(), &|_| false, now);
+        self.tell(None);
+    }
+
+    fn registration(&self) -> Registration {
+        Registration {
+            protocol: Some(PROTOCOL),
+            worker_id: self.worker.clone(),
+            incarnation: self.incarnation.clone(),
+            hostname: String::new(),
+            ip: String::new(),
+            port: 0,
+            skills: Skills { available_models: self.models.clone(), ..Skills::default() },
+            capacity: Capacity { max_concurrent: self.config.max_concurrent.unwrap_or(0), ..Capacity::default() },
+            features: Vec::new(),
+            status: WorkerStatus::Online,
+            timestamp: epoch_ms(),
+        }
+    }
+
+    fn heartbeat(&mut self) -> Heartbeat {
+        self.sequence += 1;
+        // Of several nobody knows which are in memory.
+        let models_loaded = if self.models.len() == 1 { self.models.clone() } else { Vec::new() };
+        Heartbeat {
+            worker_id: self.worker.clone(),
+            incarnation: self.incarnation.clone(),
+            sequence: self.sequence,
+            status: WorkerStatus::Online,
+            timestamp: epoch_ms(),
+            metrics: HeartbeatMetrics { models_loaded, ..HeartbeatMetrics::default() },
+            queue_depth: 0,
+            active_request_ids: Some(Vec::new()),
+            tokens_generated: 0,
+            phase: Phase::Ready,
+            loading_models: Vec::new(),
+            cached_prefixes: Vec::new(),
+        }
+    }
+
+    /// Tells the log what is wrong, once.
+    fn tell(&mut self, wrong: Option<String>) {
+        if self.told == wrong {
+            return;
+        }
+        let worker_id = self.worker.as_str();
+        match &wrong {
+            Some(why) => tracing::warn!(worker_id, "HTTP worker is not there: {why}"),
+            None => tracing::debug!(worker_id, "HTTP worker is there"),
+        }
+        self.told = wrong;
+    }
+}

@@ -1,0 +1,162 @@
+//! The HTTP client: connections that are kept for the next request, and what it means when there is none.
+
+use std::error::Error as _;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, SizeHint};
+use hyper::http::uri::Scheme;
+use hyper::{Request, Uri};
+use hyper_rustls::HttpsConnector;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::{Builder, Client as Pool, Error, ResponseFuture};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+use super::answer::protocol_error;
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::transport::{Delivery, Postbox};
+use crate::wire::Reply;
+
+/// Connections that are kept for each server while nobody uses them, and for how long. Servers that close them after five
+/// seconds are common: one that is closed while a request is on its way fails that request.
+const IDLE_MOST: usize = 256;
+const IDLE_LONGEST: Duration = Duration::from_secs(4);
+/// So much of a head, or of a body that nobody reads, is kept at most.
+const BUFFER: usize = 128 * 1024;
+/// A connection whose other end has vanished is noticed after a few of these.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+
+/// Sends requests. It asks no proxy and follows no redirection.
+pub(super) struct Client {
+    plain: Pool<HttpConnector, Payload>,
+    /// Where a server wants it: the certificates of the machine are read for it.
+    secure: Option<Pool<HttpsConnector<HttpConnector>, Payload>>,
+    connect_limit: Duration,
+}
+
+/// The body of a request. Once there is a connection and the body is written to it, whoever waits is told so.
+pub(super) struct Payload {
+    bytes: Bytes,
+    begun: Option<Postbox>,
+}
+
+// === impl Client ===
+
+impl Client {
+    /// A client whose connections take at most so long to be made.
+    ///
+    /// # Errors
+    /// TLS is wanted, and the machine has no certificates.
+    pub(super) fn new(connect_limit: Duration, with_tls: bool) -> io::Result<Self> {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_keepalive(Some(KEEPALIVE));
+        connector.set_connect_timeout(Some(connect_limit));
+        let mut secure = None;
+        if with_tls {
+            let mut connector = connector.clone();
+            connector.enforce_http(false);
+            let tls = hyper_rustls::HttpsConnectorBuilder::new().with_native_roots()?.https_only().enable_http1();
+            secure = Some(builder().build(tls.wrap_connector(connector)));
+        }
+        Ok(Self { plain: builder().build(connector), secure, connect_limit })
+    }
+
+    /// Sends a request. Where a kept connection turns out to be closed before anything was written to it, another one is taken.
+    pub(super) fn send(&self, request: Request<Payload>) -> ResponseFuture {
+        match &self.secure {
+            Some(secure) if request.uri().scheme() == Some(&Scheme::HTTPS) => secure.request(request),
+            _ => self.plain.request(request),
+        }
+    }
+
+    /// What it means that there is no response.
+    pub(super) fn failure(&self, error: &Error, server: &Uri) -> ControllerError {
+        let unavailable = |what: String| ControllerError::new(ControllerErrorCode::WorkerUnavailable, what);
+        let where_ = server.authority().map_or_else(String::new, |authority| format!(" at {authority}"));
+        if error.is_connect() {
+            let what = match find::<io::Error>(error).map(io::Error::kind) {
+                _ if is_refused(error) => format!("nobody listens{where_}"),
+                Some(io::ErrorKind::TimedOut) => {
+                    let millis = u64::try_from(self.connect_limit.as_millis()).unwrap_or(u64::MAX);
+                    let what = format!("the worker{where_} took no connection within {millis} ms");
+                    return ControllerError::new(ControllerErrorCode::WorkerTimeout, what)
+                        .with("limit", "accept")
+                        .with("timeoutMs", millis);
+                }
+                _ => format!("no connection to the worker{where_}: {}", innermost(error)),
+            };
+            return unavailable(what).with("noResponders", true);
+        }
+        if find::<hyper::Error>(error).is_some_and(hyper::Error::is_parse) {
+            return protocol_error("what it sent is no HTTP response");
+        }
+        unavailable(format!("the worker{where_} closed the connection before it answered"))
+    }
+}
+
+fn builder() -> Builder {
+    let mut builder = Pool::builder(TokioExecutor::new());
+    builder
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE_LONGEST)
+        .pool_max_idle_per_host(IDLE_MOST)
+        .http1_max_buf_size(BUFFER);
+    builder
+}
+
+/// Whether nobody listens at the server's address.
+pub(super) fn is_refused(error: &Error) -> bool {
+    error.is_connect() && find::<io::Error>(error).is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// The cause of this type.
+fn find<T: std::error::Error + 'static>(error: &Error) -> Option<&T> {
+    causes(error).find_map(|cause| cause.downcast_ref())
+}
+
+fn innermost(error: &Error) -> String {
+    causes(error).last().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+fn causes(error: &Error) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(error.source(), |&cause| cause.source())
+}
+
+// === impl Payload ===
+
+impl Payload {
+    /// A body, and who is to know when it is on its way.
+    pub(super) fn new(bytes: Vec<u8>, begun: Postbox) -> Self {
+        Self { bytes: bytes.into(), begun: Some(begun) }
+    }
+
+    /// None at all.
+    pub(super) fn empty() -> Self {
+        Self { bytes: Bytes::new(), begun: None }
+    }
+}
+
+impl Body for Payload {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        if let Some(postbox) = self.begun.take() {
+            postbox.post(Delivery::Reply(Reply::Accepted { queue_position: 0 }));
+        }
+        let bytes = std::mem::take(&mut self.bytes);
+        Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.bytes.len() as u64)
+    }
+}

@@ -1,0 +1,237 @@
+//! One attempt: the request goes out, the response is read, and every piece of it is posted as it comes.
+//!
+//! A reader that does not keep up holds the server back, for a while; the memory for it is that of its mailbox. Nothing is read
+//! without a bound: heads and lines by their length, whole answers too, streams by the limits of the attempt, which closes its
+//! mailbox when one of them passes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::body::{Body, Incoming};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, USER_AGENT};
+use hyper::{Method, Request, Response, StatusCode};
+use tokio::time::{Instant, timeout};
+
+use super::answer::{Answer, protocol_error};
+use super::client::{Client, Payload};
+use super::refusal;
+use super::request;
+use super::server::Server;
+use super::sse::Decoder;
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::transport::{Delivery, Outgoing, Postbox};
+use crate::wire::Reply;
+
+/// How long a server may take for its counts and its end after the answer is complete.
+const AFTER_FINISH: Duration = Duration::from_secs(2);
+/// How long, and for how many bytes, the end of a body is waited for, so that its connection can be used again.
+const DRAIN_LONGEST: Duration = Duration::from_secs(1);
+const DRAIN_MOST: usize = 64 * 1024;
+/// How long the words of a refusal are waited for, and how many of them are read.
+const WORDS_LONGEST: Duration = Duration::from_secs(2);
+pub(super) const WORDS_MOST: usize = 64 * 1024;
+/// The longest answer in one piece.
+const WHOLE_MOST: usize = 8 * 1024 * 1024;
+/// A trace context has 55 characters in its first version, and may have more in later ones.
+const TRACEPARENT_LONGEST: usize = 256;
+/// What a server may know us by.
+pub(super) const AGENT: HeaderValue = HeaderValue::from_static(concat!("mlx-serving-router/", env!("CARGO_PKG_VERSION")));
+
+/// Runs an attempt until its answer has been posted, or nobody waits for it.
+pub(super) async fn run(client: Arc<Client>, server: Arc<Server>, outgoing: Outgoing, postbox: Postbox) {
+    let rest = tokio::select! {
+        biased;
+        // With the response the connection goes, and the server notices.
+        () = postbox.closed() => None,
+        rest = exchange(&client, &server, &outgoing, &postbox) => rest,
+    };
+    if let Some(rest) = rest {
+        drain(rest).await;
+    }
+}
+
+/// The rest of a body whose answer is complete, if there may be some.
+async fn exchange(client: &Client, server: &Server, outgoing: &Outgoing, postbox: &Postbox) -> Option<Incoming> {
+    let began = Instant::now();
+    match answer(client, server, outgoing, postbox, began).await {
+        Ok((reply, rest)) => {
+            postbox.post_in_time(Delivery::Reply(reply)).await;
+            rest
+        }
+        Err(error) => {
+            server.note(&error);
+            postbox.post_in_time(Delivery::Failed(error)).await;
+            None
+        }
+    }
+}
+
+async fn answer(
+    client: &Client,
+    server: &Server,
+    outgoing: &Outgoing,
+    postbox: &Postbox,
+    began: Instant,
+) -> Result<(Reply, Option<Incoming>), ControllerError> {
+    let request = build(server, outgoing, postbox)?;
+    let uri = request.uri().clone();
+    let response = client.send(request).await.map_err(|error| client.failure(&error, &uri))?;
+    server.heard();
+    if response.status() != StatusCode::OK {
+        let (head, body) = response.into_parts();
+        let (words, _) = timeout(WORDS_LONGEST, collect(body, WORDS_MOST)).await.unwrap_or_default();
+        return Err(refusal::by_status(head.status, &head.headers, &words, &uri));
+    }
+    read(server, response, postbox, began).await
+}
+
+fn build(server: &Server, outgoing: &Outgoing, postbox: &Postbox) -> Result<Request<Payload>, ControllerError> {
+    let asked = &outgoing.request;
+    let uri = if asked.messages.is_some() { &server.chat } else { &server.text };
+    let body = request::body(asked, server.own_name(&asked.model_id))?;
+    let mut request = Request::new(Payload::new(body, postbox.clone()));
+    *request.method_mut() = Method::POST;
+    *request.uri_mut() = uri.clone();
+    let headers = request.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
+    headers.insert(USER_AGENT, AGENT);
+    if let Some(key) = &server.key {
+        headers.insert(AUTHORIZATION, key.clone());
+    }
+    if let Ok(id) = HeaderValue::from_str(&asked.request_id) {
+        headers.insert(HeaderName::from_static("x-request-id"), id);
+    }
+    // One that is no trace context is left out, as W3C's specification wants it.
+    if let Some(traceparent) = outgoing.traceparent.as_ref().filter(|text| text.len() <= TRACEPARENT_LONGEST)
+        && let Ok(value) = HeaderValue::from_str(traceparent)
+    {
+        headers.insert(HeaderName::from_static("traceparent"), value);
+    }
+    Ok(request)
+}
+
+/// Reads a response, and posts the tokens in it. Gives its end, and what may be left of the body.
+///
+/// What a body is, its first character says: servers are not to be trusted with content types.
+async fn read(
+    server: &Server,
+    response: Response<Incoming>,
+    postbox: &Postbox,
+    began: Instant,
+) -> Result<(Reply, Option<Incoming>), ControllerError> {
+    let mut body = response.into_body();
+    let mut events = Decoder::default();
+    let mut answer = Answer::default();
+    let mut is_known = false;
+    loop {
+        let next = if answer.is_finished() {
+            // Late is as good as never: the answer is complete.
+            timeout(AFTER_FINISH, data(&mut body)).await.unwrap_or(Ok(None))
+        } else {
+            data(&mut body).await
+        };
+        let more = match next {
+            Ok(Some(bytes)) => {
+                server.heard();
+                if !is_known && let Some(first) = bytes.iter().find(|byte| !byte.is_ascii_whitespace()) {
+                    match first {
+                        b'{' => {
+                            let whole = whole(bytes, body).await?;
+                            return Ok((answer.whole(&whole, began.elapsed())?, None));
+                        }
+                        b'<' => return Err(protocol_error("it sent a page in place of an answer")),
+                        _ => is_known = true,
+                    }
+                }
+                events.push(&bytes);
+                true
+            }
+            Ok(None) => {
+                events.end();
+                false
+            }
+            Err(_) if answer.is_finished() => {
+                events.end();
+                false
+            }
+            Err(_) => return Err(broken()),
+        };
+        while let Some(event) = events.next().map_err(|_| protocol_error("a line of its answer does not end"))? {
+            if let Some(token) = answer.event(&event)?
+                && !postbox.post_in_time(Delivery::Reply(Reply::Token(token))).await
+            {
+                // Nobody waits any more, or not for this.
+                return Err(broken());
+            }
+            if answer.is_done() {
+                break;
+            }
+        }
+        if answer.is_done() || !more {
+            let rest = (more && !body.is_end_stream()).then_some(body);
+            return Ok((Reply::Done(answer.end(began.elapsed())?), rest));
+        }
+    }
+}
+
+/// The next bytes; `None` at the end.
+async fn data(body: &mut Incoming) -> Result<Option<Bytes>, hyper::Error> {
+    loop {
+        match body.frame().await.transpose()? {
+            // Trailers say nothing that is asked for.
+            Some(frame) => match frame.into_data() {
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(_) => continue,
+            },
+            None => return Ok(None),
+        }
+    }
+}
+
+/// The whole of a body that begins so.
+async fn whole(begin: Bytes, body: Incoming) -> Result<Vec<u8>, ControllerError> {
+    let (rest, is_all) = collect(body, WHOLE_MOST).await;
+    if !is_all {
+        return Err(broken());
+    }
+    Ok([&*begin, &*rest].concat())
+}
+
+/// Of a body so much, and whether that is all of it.
+pub(super) async fn collect(mut body: Incoming, most: usize) -> (Vec<u8>, bool) {
+    let mut bytes = Vec::new();
+    loop {
+        match data(&mut body).await {
+            Ok(Some(more)) => {
+                let room = most - bytes.len();
+                bytes.extend_from_slice(&more[..more.len().min(room)]);
+                if more.len() > room {
+                    return (bytes, false);
+                }
+            }
+            Ok(None) => return (bytes, true),
+            Err(_) => return (bytes, false),
+        }
+    }
+}
+
+async fn drain(mut body: Incoming) {
+    let drained = async {
+        let mut left = DRAIN_MOST;
+        while let Ok(Some(bytes)) = data(&mut body).await {
+            if bytes.len() > left {
+                return;
+            }
+            left -= bytes.len();
+        }
+    };
+    // Late: the connection is closed instead.
+    let _ = timeout(DRAIN_LONGEST, drained).await;
+}
+
+fn broken() -> ControllerError {
+    ControllerError::new(ControllerErrorCode::WorkerUnavailable, "the worker broke its answer off: the connection was lost")
+}

@@ -1,0 +1,100 @@
+//! One server: its addresses, its key, what it calls its models, and whether it gave a sign of life lately.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hyper::Uri;
+use hyper::header::HeaderValue;
+use tokio::sync::Notify;
+
+use crate::config::StaticWorker;
+use crate::error::{ControllerError, ControllerErrorCode};
+use crate::wire::WorkerId;
+
+pub(super) struct Server {
+    pub(super) worker: WorkerId,
+    pub(super) chat: Uri,
+    pub(super) text: Uri,
+    pub(super) models: Uri,
+    pub(super) health: Uri,
+    /// The bearer token that it wants.
+    pub(super) key: Option<HeaderValue>,
+    /// The server's own names of models that are called otherwise here.
+    names: BTreeMap<String, String>,
+    /// Something came from it since it was looked at last.
+    heard: AtomicBool,
+    /// Something is wrong with it: it is to be looked at soon.
+    doubt: Notify,
+}
+
+// === impl Server ===
+
+impl Server {
+    /// # Errors
+    /// REQUEST_VALIDATION_FAILED names the key that no address or header can be made of.
+    pub(super) fn new(config: &StaticWorker, key: &str) -> Result<Self, ControllerError> {
+        let worker =
+            WorkerId::new(&config.worker_id).map_err(|error| ControllerError::validation(&format!("{key}.workerId"), error))?;
+        let base = config.url.trim_end_matches('/');
+        // Clients are often given the address with it.
+        let base = base.strip_suffix("/v1").unwrap_or(base);
+        let uri = |path: &str| {
+            Uri::try_from(format!("{base}{path}"))
+                .map_err(|error| ControllerError::validation(&format!("{key}.url"), format!("is no address: {error}")))
+        };
+        let bearer = |token: &String| {
+            let value = HeaderValue::try_from(format!("Bearer {token}"));
+            let value = value.map_err(|_| ControllerError::validation(&format!("{key}.apiKey"), "cannot stand in a header"));
+            value.map(|mut value| {
+                value.set_sensitive(true);
+                value
+            })
+        };
+        let named = config.served().into_iter().flatten().filter(|(name, own)| name != own);
+        Ok(Self {
+            worker,
+            chat: uri("/v1/chat/completions")?,
+            text: uri("/v1/completions")?,
+            models: uri("/v1/models")?,
+            health: uri("/health")?,
+            key: config.api_key.as_ref().map(bearer).transpose()?,
+            names: named.map(|(name, own)| (name.to_owned(), own.to_owned())).collect(),
+            heard: AtomicBool::new(false),
+            doubt: Notify::new(),
+        })
+    }
+
+    /// What it calls a model.
+    pub(super) fn own_name<'a>(&'a self, model: &'a str) -> &'a str {
+        self.names.get(model).map_or(model, String::as_str)
+    }
+
+    /// Something came from it.
+    pub(super) fn heard(&self) {
+        // Looked at first: a line of memory that many threads write is slow.
+        if !self.heard.load(Ordering::Relaxed) {
+            self.heard.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether something came since this was asked last.
+    pub(super) fn was_heard(&self) -> bool {
+        self.heard.swap(false, Ordering::Relaxed)
+    }
+
+    /// An attempt ended so.
+    pub(super) fn note(&self, error: &ControllerError) {
+        if error.code() == ControllerErrorCode::WorkerUnavailable {
+            self.doubt.notify_one();
+        }
+        if let Some(status @ (401 | 403)) = error.context().get("httpStatus").and_then(serde_json::Value::as_u64) {
+            let worker_id = self.worker.as_str();
+            tracing::error!(worker_id, status, "the worker refuses the key that it was given: workers.static[].apiKey");
+        }
+    }
+
+    /// Returns when an attempt met something that makes a look at the server worth while.
+    pub(super) async fn doubted(&self) {
+        self.doubt.notified().await;
+    }
+}
