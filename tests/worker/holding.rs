@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mlx_serving_router::transport::{Mailbox, Transport};
+use mlx_serving_router::transport::Mailbox;
 use mlx_serving_router::wire::{Phase, Priority};
 use mlx_serving_router::worker::WorkerOptions;
 
@@ -104,7 +104,7 @@ async fn what_waits_for_its_model_can_be_cancelled_and_ends_with_the_worker() {
     let mut cut = ask(&local, "cut", "big", Priority::Normal).await;
     accepted(&mut left).await;
     accepted(&mut cut).await;
-    local.hub.cancel(local.worker.id(), "left", 1);
+    local.cancel("left", 1);
     assert_eq!(error(&mut left).await.0, "CANCELLED");
     local.worker.stop(Duration::ZERO).await;
     assert_eq!(error(&mut cut).await.0, "WORKER_UNAVAILABLE");
@@ -116,7 +116,7 @@ async fn a_job_that_ended_cannot_be_put_back() {
     let mut mailbox = ask(&local, "b", "big", Priority::Normal).await;
     accepted(&mut mailbox).await;
     let job = local.job().await;
-    local.hub.cancel(local.worker.id(), "b", 1);
+    local.cancel("b", 1);
     assert_eq!(error(&mut mailbox).await.0, "CANCELLED");
     job.put_back();
     drop(job);
