@@ -18,6 +18,7 @@ class Relay:
         self._upstream = port
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._open = False
         self.port = 0
         self.left = asyncio.Event()
 
@@ -32,17 +33,23 @@ class Relay:
         """Listen: the first time on any free port, afterwards on the same."""
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
+        self._open = True
 
     async def cut(self) -> None:
         """Refuse new connections, and end those that there are."""
+        self._open = False
         if self._server is not None:
             self._server.close()
         for connection in self._connections:
             connection.cancel()
         if self._connections:
             await asyncio.wait(self._connections)
+        await asyncio.sleep(0)  # what was aborted is closed in the loop's next turn
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self._open:  # it came in the moment of the cut
+            writer.transport.abort()
+            return
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)

@@ -145,13 +145,13 @@ async def test_leaving_a_stream_hangs_up_on_the_server(
         async with stream:
             await anext(stream)
             assert not relay.left.is_set()
-        await asyncio.wait_for(relay.left.wait(), PATIENCE)
+        await asyncio.wait_for(relay.left.wait(), LOADING)
         relay.left.clear()
         # Also before the server has said anything at all.
         call = asyncio.create_task(controller.handle_buffered_request(endless))
-        await until(lambda: any(info.in_flight for info in controller.workers()), "a request")
+        await until(lambda: any(info.in_flight for info in controller.workers()), "a request", LOADING)
         call.cancel()
-        await until(lambda: not any(info.in_flight for info in controller.workers()), "its end")
+        await until(lambda: not any(info.in_flight for info in controller.workers()), "its end", LOADING)
         answer = await controller.handle_buffered_request(ask("What do bees make?"))
         assert answer.text == "Bees make honey."
 
