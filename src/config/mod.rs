@@ -7,6 +7,7 @@
 mod cluster;
 mod environment;
 mod error;
+mod front_end;
 mod load;
 mod read;
 mod redact;
@@ -20,6 +21,7 @@ pub use cluster::{
     NatsMode, RequestMetricsConfig, ServerUrls, StaticWorker, TlsConfig, WorkersConfig,
 };
 pub use error::ConfigError;
+pub use front_end::{ApiKey, CorsConfig, LimitedKey, SseKeepalive};
 pub use routing::{
     AdmissionConfig, CircuitBreakerConfig, HedgingConfig, LoadBalancingConfig, RequestRoutingConfig, RetryConfig, Strategy,
     StreamFailover,

@@ -1,0 +1,104 @@
+"""The OpenAI API's addresses: headers in, the codec's bytes out. What bodies mean is the codec's business."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+# Not for type checking alone: FastAPI reads the annotations.
+from starlette.requests import Request  # noqa: TC002
+from starlette.responses import Response  # noqa: TC002
+
+from mlx_serving_router import _keys, _native
+from mlx_serving_router._errors import ControllerError, ControllerErrorCode
+from mlx_serving_router._http import (
+    WORKER_ID,
+    HttpError,
+    get_controller,
+    json_bytes,
+    read_body,
+    request_id,
+    until_disconnect,
+)
+from mlx_serving_router._sse import EventStream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mlx_serving_router._native import CompletionCall
+
+# Models have no birthday here; clients want one that stays.
+_STARTED: Final = int(time.time())
+
+
+class OpenAIRoutes:
+    """The endpoints, with what the configuration says of them.
+
+    Args:
+        settings: The section `controller`, with camelCase keys.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._max_body: int = settings["maxBodyBytes"]
+        self._keepalive = settings["sseKeepalive"]
+        self._keepalive_seconds: float = settings["sseKeepaliveIntervalMs"] / 1000
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Answer a conversation."""
+        return await self._complete(request, _native.CompletionCall.chat)
+
+    async def completions(self, request: Request) -> Response:
+        """Continue a text."""
+        return await self._complete(request, _native.CompletionCall.text)
+
+    async def _complete(self, request: Request, parse: Callable[..., CompletionCall]) -> Response:
+        controller = get_controller(request)
+        headers = request.headers
+        name = request_id(request)
+        body = await read_body(request, self._max_body)
+        call = parse(body, request_id=name, session_id=headers.get("x-session-id"))
+        worker_id = headers.get(WORKER_ID)
+        traceparent = headers.get("traceparent")
+        place = _keys.place(request)
+        if call.stream:
+            return EventStream(
+                lambda: controller.handle_streaming_request(
+                    call.request, worker_id=worker_id, traceparent=traceparent
+                ),
+                call.stream_encoder(int(time.time())),
+                request_id=name,
+                place=place,
+                keepalive=self._keepalive,
+                keepalive_seconds=self._keepalive_seconds,
+            )
+        with place:
+            answer = await until_disconnect(
+                request.receive,
+                controller.handle_buffered_request(
+                    call.request, worker_id=worker_id, traceparent=traceparent
+                ),
+            )
+        return json_bytes(call.encode(answer, int(time.time())), headers={WORKER_ID: answer.worker_id})
+
+
+async def not_carried(request: Request) -> Response:
+    """An address of the OpenAI API that no worker can be asked for: the fleet's protocol carries completions alone."""
+    what = request.url.path.rsplit("/", 1)[-1]
+    raise HttpError(
+        404, "unknown_url", f"no worker serves {what}: this router carries chat and text completions"
+    )
+
+
+async def models(request: Request) -> Response:
+    """What is served."""
+    return json_bytes(_native.openai_models(get_controller(request).cluster_status().models, _STARTED))
+
+
+async def model(request: Request, model_id: str) -> Response:
+    """One model that is served."""
+    if model_id not in get_controller(request).cluster_status().models:
+        raise ControllerError(
+            ControllerErrorCode.MODEL_NOT_FOUND,
+            "no online worker serves this model; GET /v1/models lists what is served",
+        )
+    return json_bytes(_native.openai_model(model_id, _STARTED))
