@@ -116,7 +116,7 @@ def test_clients(arguments: list[str]) -> int:
     steps.begin("The clients")
     tests = ROOT / "tests" / "clients"
     results = []
-    server = [PYTHON, "-B", _existing("tests/clients/server.py")]
+    server: list[str | Path] = [PYTHON, "-B", _existing("tests/clients/server.py")]
     with subprocess.Popen(
         server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment.environment()
     ) as fronts:

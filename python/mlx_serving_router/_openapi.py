@@ -59,7 +59,7 @@ class _Request(_Open):
     top_k: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
     min_p: _Share | None = None
     seed: _Whole | None = None
-    stop: str | list[_Stop] | None = Field(None, description="Texts that end the answer")
+    stop: _Stop | list[_Stop] | None = Field(None, description="Texts that end the answer")
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0)] | None = None

@@ -13,7 +13,7 @@ from front import KEY, LIVELY, MESSAGES, TOOLS, URL, cancelled, requests_of, ses
 
 
 def complete(model: str, **more: Any) -> Any:
-    options = {"max_retries": 0, "num_retries": 0, "api_base": f"{URL}/v1", **more}
+    options = {"max_retries": 0, "api_base": f"{URL}/v1", **more}
     return litellm.completion(model=f"openai/{model}", api_key=KEY, messages=MESSAGES, **options)
 
 
