@@ -31,6 +31,7 @@ REQUEST_ID: Final = "x-request-id"
 WORKER_ID: Final = "x-worker-id"
 
 _STATE: Final = "mlx_serving_router"
+_ID: Final = "mlx_serving_router.request_id"
 
 # What may stand in a path and in a log line as it is.
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -73,11 +74,11 @@ def path_below_root(request: Request) -> str:
 
 def request_id(request: Request) -> str:
     """The request's id: the header's where that is a sane one, else one that is made; the same at each call."""
-    made: str | None = getattr(request.state, "request_id", None)
+    made: str | None = request.scope.get(_ID)
     if made is None:
         given = request.headers.get(REQUEST_ID, "")
         made = given if _SANE_ID.fullmatch(given) else str(uuid.uuid4())
-        request.state.request_id = made
+        request.scope[_ID] = made
     return made
 
 

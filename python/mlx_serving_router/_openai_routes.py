@@ -31,32 +31,32 @@ if TYPE_CHECKING:
 _STARTED: Final = int(time.time())
 
 
-class OpenAIRoutes:
-    """The endpoints, with what the configuration says of them.
+class Endpoint:
+    """An endpoint of completions, with what the configuration says of it.
 
     Args:
+        parse: Reads its bodies.
+        summary: What it does.
         settings: The section `controller`, with camelCase keys.
     """
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, parse: Callable[..., CompletionCall], summary: str, settings: Mapping[str, Any]
+    ) -> None:
+        self.__doc__ = summary
+        # FastAPI names the operation after it.
+        self.__name__ = summary.lower().replace(" ", "_")
+        self._parse = parse
         self._max_body: int = settings["maxBodyBytes"]
         self._keepalive = settings["sseKeepalive"]
         self._keepalive_seconds: float = settings["sseKeepaliveIntervalMs"] / 1000
 
-    async def chat_completions(self, request: Request) -> Response:
-        """Answer a conversation."""
-        return await self._complete(request, _native.CompletionCall.chat)
-
-    async def completions(self, request: Request) -> Response:
-        """Continue a text."""
-        return await self._complete(request, _native.CompletionCall.text)
-
-    async def _complete(self, request: Request, parse: Callable[..., CompletionCall]) -> Response:
+    async def __call__(self, request: Request) -> Response:
         controller = get_controller(request)
         headers = request.headers
         name = request_id(request)
         body = await read_body(request, self._max_body)
-        call = parse(body, request_id=name, session_id=headers.get("x-session-id"))
+        call = self._parse(body, request_id=name, session_id=headers.get("x-session-id"))
         worker_id = headers.get(WORKER_ID)
         traceparent = headers.get("traceparent")
         place = _keys.place(request)
@@ -79,6 +79,16 @@ class OpenAIRoutes:
                 ),
             )
         return json_bytes(call.encode(answer, int(time.time())), headers={WORKER_ID: answer.worker_id})
+
+
+def chat_completions(settings: Mapping[str, Any]) -> Endpoint:
+    """The endpoint of conversations."""
+    return Endpoint(_native.CompletionCall.chat, "Answer a conversation", settings)
+
+
+def completions(settings: Mapping[str, Any]) -> Endpoint:
+    """The endpoint of texts."""
+    return Endpoint(_native.CompletionCall.text, "Continue a text", settings)
 
 
 async def not_carried(request: Request) -> Response:

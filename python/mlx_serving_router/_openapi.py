@@ -358,7 +358,11 @@ _BODIES: Final[dict[str, type[BaseModel]]] = {
 _HEADERS: Final = [
     {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
     for name, description, schema in (
-        ("x-session-id", "The session, before all fields that name one", {"type": "string", "minLength": 1}),
+        (
+            "x-session-id",
+            "The session, before all fields that name one",
+            {"type": "string", "minLength": 1, "maxLength": 256, "pattern": "^[!-~]+$"},
+        ),
         ("x-worker-id", "Asks for this worker and no other", {"type": "string"}),
     )
 ]

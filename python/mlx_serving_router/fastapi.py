@@ -30,13 +30,14 @@ from mlx_serving_router._controller import ControllerNode
 from mlx_serving_router._errors import ControllerError, ControllerState
 from mlx_serving_router._http import HttpError, api_error, get_controller, openai_error
 from mlx_serving_router._keys import Keys
+from mlx_serving_router._openai_routes import Endpoint
 from mlx_serving_router._openapi import document
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
     from mlx_serving_router._native import ClusterConfig
 
@@ -69,9 +70,11 @@ def create_app(
     else:
         raise ValueError("give a config or a controller, not both: the controller has a config of its own")
     app = FastAPI(
-        title="mlx_serving_router", description="One OpenAI API in front of a fleet of mlx-lm workers"
+        title="mlx_serving_router",
+        description="One OpenAI API in front of a fleet of mlx-lm workers",
+        lifespan=_lifespan(config, controller),
     )
-    app.include_router(_router(config, controller))
+    _add_routes(app.router, config)
     app.exception_handler(HTTPException)(_no_route)
     origins = config.to_dict()["controller"]["cors"]["allowOrigins"]
     if origins:
@@ -95,10 +98,13 @@ def controller_router(controller: ControllerNode | None = None) -> APIRouter:
         controller: The controller; one with all defaults where it is left out. One that is `idle` when the application
             starts is started and stopped with it; any other is left to its owner.
     """
-    return _router(as_config(None) if controller is None else controller.config, controller)
+    config = as_config(None) if controller is None else controller.config
+    router = APIRouter(lifespan=_lifespan(config, controller))
+    _add_routes(router, config)
+    return router
 
 
-def _router(config: ClusterConfig, controller: ControllerNode | None = None) -> APIRouter:
+def _lifespan(config: ClusterConfig, controller: ControllerNode | None) -> Lifespan[Any]:
     settings = config.to_dict()["controller"]
 
     @asynccontextmanager
@@ -114,9 +120,13 @@ def _router(config: ClusterConfig, controller: ControllerNode | None = None) -> 
                 await running.enter_async_context(_monitoring.serve(node, settings["bindAddress"], port))
             yield _http.lifespan_state(node)
 
+    return lifespan
+
+
+def _add_routes(router: APIRouter, config: ClusterConfig) -> None:
+    settings = config.to_dict()["controller"]
     keys = Keys(settings["apiKeys"])
-    keyed = [Depends(_require(keys))] if keys else []
-    router = APIRouter(lifespan=lifespan)
+    keyed = [Depends(_Keyed(keys))] if keys else []
     for method, path, endpoint in _routes(settings):
         router.add_api_route(
             path,
@@ -127,19 +137,18 @@ def _router(config: ClusterConfig, controller: ControllerNode | None = None) -> 
             route_class_override=_OpenAIRoute if path.startswith("/v1/") else _Route,
             **document(path, endpoint),
         )
-    return router
 
 
 def _routes(settings: Mapping[str, Any]) -> list[tuple[str, str, Callable[..., Any]]]:
-    openai, fleet = _openai_routes.OpenAIRoutes(settings), _fleet_routes
+    openai, fleet = _openai_routes, _fleet_routes
     # Matched in this order: what is asked for most comes first.
     routes: list[tuple[str, str, Callable[..., Any]]] = [
-        ("POST", "/v1/chat/completions", openai.chat_completions),
-        ("POST", "/v1/completions", openai.completions),
-        ("GET", "/v1/models", _openai_routes.models),
-        ("GET", "/v1/models/{model_id:path}", _openai_routes.model),
-        ("POST", "/v1/embeddings", _openai_routes.not_carried),
-        ("POST", "/v1/responses", _openai_routes.not_carried),
+        ("POST", "/v1/chat/completions", openai.chat_completions(settings)),
+        ("POST", "/v1/completions", openai.completions(settings)),
+        ("GET", "/v1/models", openai.models),
+        ("GET", "/v1/models/{model_id:path}", openai.model),
+        ("POST", "/v1/embeddings", openai.not_carried),
+        ("POST", "/v1/responses", openai.not_carried),
         ("GET", "/health", fleet.health),
         ("GET", "/ready", fleet.ready),
         ("GET", "/api/controller/metrics", fleet.controller_metrics),
@@ -158,13 +167,16 @@ def _routes(settings: Mapping[str, Any]) -> list[tuple[str, str, Callable[..., A
 _BEARER: Final = HTTPBearer(auto_error=False, scheme_name="apiKey", description="One of `controller.apiKeys`")
 
 
-def _require(keys: Keys) -> Callable[..., Awaitable[None]]:
-    async def check(
-        request: Request, _given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
-    ) -> None:
-        keys.check(request)
+class _Keyed:
+    """A dependency that lets requests with one of the keys in."""
 
-    return check
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    async def __call__(
+        self, request: Request, _given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+    ) -> None:
+        self.keys.check(request)
 
 
 # === routes ===
@@ -178,11 +190,39 @@ class _Route(APIRoute):
         """An error as an answer."""
         return api_error(error)
 
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        """The route. FastAPI makes it anew, or handles it with more options, where an application includes it."""
+        super().__init__(path, endpoint, **options)
+        checks = [given.dependency for given in self.dependencies]
+        keyed = [check.keys for check in checks if isinstance(check, _Keyed)]
+        if isinstance(endpoint, Endpoint) and len(keyed) == len(checks):
+            # What FastAPI does between a route and its endpoint (solving dependencies, above all) costs more than all
+            # of ours; where there are no dependencies but our own, completions go the short way.
+            self.app = self._short_way(endpoint, keyed)
+
+    def _short_way(self, endpoint: Endpoint, keyed: list[Keys]) -> ASGIApp:
+        async def checked(request: Request) -> Response:
+            for keys in keyed:
+                keys.check(request)
+            return await endpoint(request)
+
+        answer = self._answering(checked)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await answer(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        return app
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, with errors turned into answers."""
-        handle = super().get_route_handler()
+        return self._answering(super().get_route_handler())
 
+    def _answering(
+        self, handle: Callable[[Request], Coroutine[Any, Any, Response]]
+    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def answer(request: Request) -> Response:
+            name = _http.request_id(request)
             try:
                 response = await handle(request)
             except (ControllerError, HttpError) as error:
@@ -197,8 +237,8 @@ class _Route(APIRoute):
                 said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
                 response = self.shape(HttpError(400, "REQUEST_VALIDATION_FAILED", said))
             except Exception as error:  # noqa: BLE001 whatever it is, it is logged and the client gets its answer
-                response = self.shape(_http.defect(error, _http.request_id(request)))
-            response.headers[_http.REQUEST_ID] = _http.request_id(request)
+                response = self.shape(_http.defect(error, name))
+            response.headers[_http.REQUEST_ID] = name
             return response
 
         return answer
