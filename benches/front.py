@@ -67,35 +67,41 @@ async def _run(options: argparse.Namespace) -> None:
 async def _round(ports: dict[str, int], seconds: float, first: str) -> dict[str, float]:
     measured: dict[str, float] = {}
     for role in sorted(_ROLES, key=lambda role: role != first):
-        load = Load(ports[role], _body(stream=False), stream=False)
+        load = Load(ports[role], _body("whole", stream=False), stream=False)
         found = await load.run(_MANY, seconds)
         measured[f"{role}_rate"] = found.requests / found.seconds
         measured[f"{role}_cpu_us"] = found.cpu / found.requests * 1e6
+        measured[f"{role}_loop_us"] = found.loop / found.requests * 1e6
         alone = await load.run(1, seconds / 2)
         measured[f"{role}_p50_us"] = median(alone.latencies) * 1e6
-    stream = Load(ports["front"], _body(stream=True), stream=True)
+    stream = Load(ports["front"], _body("burst", stream=True), stream=True)
     found = await stream.run(_MANY, seconds)
     measured["token_cpu_us"] = found.cpu / (found.requests * _TOKENS) * 1e6
     measured["tokens_rate"] = found.requests * _TOKENS / found.seconds
-    found = await stream.run(1, seconds / 2)
+    paced = Load(ports["front"], _body("paced", stream=True), stream=True)
+    found = await paced.run(1, seconds)
     measured["first_byte_us"] = median(found.latencies) * 1e6
     bare = await _get(ports["front"], "/bare")
     measured["bare_first_token_us"] = bare["first_token_us"]
     measured["rate_ratio"] = measured["front_rate"] / measured["constant_rate"]
     measured["cpu_ratio"] = measured["constant_cpu_us"] / measured["front_cpu_us"]
+    measured["loop_ratio"] = measured["constant_loop_us"] / measured["front_loop_us"]
     measured["first_byte_added_us"] = measured["first_byte_us"] - measured["bare_first_token_us"]
     return measured
 
 
-def _shown(measured: dict[str, float]) -> str:
-    of = measured
+def _shown(of: dict[str, float]) -> str:
     return (
         f"buffered, {_MANY} at a time: {of['front_rate']:,.0f}/s, a constant {of['constant_rate']:,.0f}/s,"
-        f" ratio {of['rate_ratio']:.2f}; CPU {of['front_cpu_us']:.0f} and {of['constant_cpu_us']:.0f} us,"
-        f" ratio {of['cpu_ratio']:.2f}; alone p50 {of['front_p50_us']:.0f} and {of['constant_p50_us']:.0f} us\n"
-        f"streams in bursts: CPU {of['token_cpu_us']:.2f} us a token, {of['tokens_rate']:,.0f} tokens/s; first byte"
-        f" {of['first_byte_us']:.0f} us, bare controller {of['bare_first_token_us']:.0f} us,"
-        f" added {of['first_byte_added_us']:.0f} us"
+        f" ratio {of['rate_ratio']:.2f}\n"
+        f"  CPU of the loop's thread {of['front_loop_us']:.0f} and {of['constant_loop_us']:.0f} us,"
+        f" ratio {of['loop_ratio']:.2f}; of the process {of['front_cpu_us']:.0f} and {of['constant_cpu_us']:.0f} us,"
+        f" ratio {of['cpu_ratio']:.2f}\n"
+        f"alone: p50 {of['front_p50_us']:.0f} us, a constant {of['constant_p50_us']:.0f} us\n"
+        f"  first byte of a stream {of['first_byte_us']:.0f} us, first token of the bare controller"
+        f" {of['bare_first_token_us']:.0f} us, added {of['first_byte_added_us']:.0f} us\n"
+        f"streams in bursts, {_MANY} at a time: CPU of the process {of['token_cpu_us']:.2f} us a token,"
+        f" {of['tokens_rate']:,.0f} tokens/s"
     )
 
 
@@ -108,7 +114,8 @@ class Found:
     def __init__(self) -> None:
         self.requests = 0
         self.seconds = 0.0
-        self.cpu = 0.0
+        self.cpu = 0.0  # of the process
+        self.loop = 0.0  # of the thread of its event loop
         self.latencies: list[float] = []
 
 
@@ -124,14 +131,16 @@ class Load:
     async def run(self, concurrency: int, seconds: float) -> Found:
         found = Found()
         loop = asyncio.get_running_loop()
-        before = (await _get(self._port, "/cpu"))["cpu"]
+        before = await _get(self._port, "/cpu")
         started = time.perf_counter()
         connections = [_Connection(self, found, started + seconds) for _ in range(concurrency)]
         for connection in connections:
             await loop.create_connection(lambda one=connection: one, "127.0.0.1", self._port)
         await asyncio.gather(*(connection.ended for connection in connections))
         found.seconds = time.perf_counter() - started
-        found.cpu = (await _get(self._port, "/cpu"))["cpu"] - before
+        after = await _get(self._port, "/cpu")
+        found.cpu = after["process"] - before["process"]
+        found.loop = after["loop"] - before["loop"]
         return found
 
 
@@ -185,10 +194,8 @@ class _Connection(asyncio.Protocol):
             self.ended.set_exception(SideError(f"the server closed a connection: {error}"))
 
 
-def _body(*, stream: bool) -> bytes:
-    return json.dumps(
-        {"model": "burst" if stream else "whole", "messages": _MESSAGES, "stream": stream}
-    ).encode()
+def _body(model: str, *, stream: bool) -> bytes:
+    return json.dumps({"model": model, "messages": _MESSAGES, "stream": stream}).encode()
 
 
 async def _get(port: int, path: str) -> dict[str, Any]:
@@ -211,13 +218,14 @@ async def _front(setup: dict[str, Any]) -> None:
         with (
             ScriptedWorker(answer(_ANSWER), controller=controller, models=["whole"]),
             ScriptedWorker(answer(*pieces), controller=controller, models=["burst"]),
+            ScriptedWorker(answer(*pieces[:4], token_delay_ms=1), controller=controller, models=["paced"]),
         ):
             app = create_app(controller=controller)
 
             async def bare() -> dict[str, float]:
                 times = []
                 for _ in range(300):
-                    request = InferenceRequest(model_id="burst", messages=_MESSAGES)
+                    request = InferenceRequest(model_id="paced", messages=_MESSAGES)
                     began = time.perf_counter()
                     stream = await controller.handle_streaming_request(request)
                     times.append(time.perf_counter() - began)
@@ -251,7 +259,7 @@ async def _serve(app: Any, setup: dict[str, Any]) -> None:
     import uvicorn
 
     async def cpu() -> dict[str, float]:
-        return {"cpu": time.process_time()}
+        return {"process": time.process_time(), "loop": time.thread_time()}
 
     app.get("/cpu")(cpu)
     listener = socket.create_server(("127.0.0.1", 0))

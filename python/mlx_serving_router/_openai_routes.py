@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from mlx_serving_router._native import CompletionCall
 
+_WORKER_ID: Final = WORKER_ID.encode()
 # Models have no birthday here; clients want one that stays.
 _STARTED: Final = int(time.time())
 
@@ -53,12 +54,13 @@ class Endpoint:
 
     async def __call__(self, request: Request) -> Response:
         controller = get_controller(request)
-        headers = request.headers
         name = request_id(request)
+        # One pass over them all: ASGI has their names in lower case.
+        headers = {key: value.decode("latin-1") for key, value in request.scope["headers"]}
         body = await read_body(request, self._max_body)
-        call = self._parse(body, request_id=name, session_id=headers.get("x-session-id"))
-        worker_id = headers.get(WORKER_ID)
-        traceparent = headers.get("traceparent")
+        call = self._parse(body, request_id=name, session_id=headers.get(b"x-session-id"))
+        worker_id = headers.get(_WORKER_ID)
+        traceparent = headers.get(b"traceparent")
         place = _keys.place(request)
         if call.stream:
             return EventStream(

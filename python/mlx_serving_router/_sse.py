@@ -109,7 +109,7 @@ class EventStream(Response):
             return None
         async with stream:
             if not self._begun:
-                self.headers[WORKER_ID] = stream.worker_id
+                self.raw_headers.append((WORKER_ID.encode(), stream.worker_id.encode()))
             try:
                 async for events in stream.batches():
                     await self._write(send, self._encoder.tokens(events))

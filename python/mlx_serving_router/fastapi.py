@@ -163,6 +163,8 @@ def _routes(settings: Mapping[str, Any]) -> list[tuple[str, str, Callable[..., A
     return routes
 
 
+_REQUEST_ID: Final = _http.REQUEST_ID.encode()
+
 # For the OpenAPI document: it refuses nothing itself.
 _BEARER: Final = HTTPBearer(auto_error=False, scheme_name="apiKey", description="One of `controller.apiKeys`")
 
@@ -238,7 +240,7 @@ class _Route(APIRoute):
                 response = self.shape(HttpError(400, "REQUEST_VALIDATION_FAILED", said))
             except Exception as error:  # noqa: BLE001 whatever it is, it is logged and the client gets its answer
                 response = self.shape(_http.defect(error, name))
-            response.headers[_http.REQUEST_ID] = name
+            response.raw_headers.append((_REQUEST_ID, name.encode("latin-1")))
             return response
 
         return answer
