@@ -19,8 +19,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as classic_families
 
 from mlx_serving_router import ControllerError
+from mlx_serving_router._command import CommandError
 from mlx_serving_router._http import HttpError
 from mlx_serving_router._keys import Keys, place
+from mlx_serving_router._serve import front_end, listen
 from mlx_serving_router.fastapi import create_app
 from serving import PATIENCE, Fleet, serve
 
@@ -336,6 +338,14 @@ async def test_a_port_for_metrics_that_is_taken_stops_the_start() -> None:
             async with app.router.lifespan_context(app):
                 pass
     assert fleet.controller.state == "stopped"
+
+
+async def test_the_command_says_so_where_that_port_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        async with Fleet(metricsPort=taken.getsockname()[1]).controller as controller:
+            with pytest.raises(CommandError, match=r"controller\.metricsPort"):
+                async with front_end(controller, listen("127.0.0.1", 0), 1) as ended:
+                    await asyncio.wait((ended,))
 
 
 def test_prometheus_reads_both_formats() -> None:
