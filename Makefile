@@ -5,7 +5,7 @@
 # ONCE=1      the demo ends by itself, with exit status 0 or 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench clean
+.PHONY: help build demo test test-clients check bench clean
 
 export PYTHON
 ONCE ?=
@@ -17,6 +17,7 @@ dev = @python=$$(sh scripts/find-python.sh) && exec "$$python" -B scripts/dev.py
 help:
 	@echo "make demo     one chat, answered end to end by real parts, then served until Ctrl-C (ONCE=1: ends by itself)"
 	@echo "make test     the whole test suite, Rust and Python (ARGS=... goes to pytest)"
+	@echo "make test-clients  openai-python 2.x and 3.x, langchain-openai and litellm against the front-end"
 	@echo "make check    every linter: rustfmt, clippy, cargo-deny, ruff, mypy, stubtest"
 	@echo "make bench    the benchmark (ARGS=... goes to it)"
 	@echo "make build    .venv with the package and all development tools"
@@ -30,6 +31,9 @@ demo:
 
 test:
 	$(dev) test $(ARGS)
+
+test-clients:
+	$(dev) test-clients $(ARGS)
 
 check:
 	$(dev) check

@@ -1,4 +1,4 @@
-"""Usage: python scripts/dev.py build|demo|test|check|bench [ARGUMENT ...].
+"""Usage: python scripts/dev.py build|demo|test|test-clients|check|bench [ARGUMENT ...].
 
 The Makefile's targets: each prepares what it needs (environment.py), says so, and then does its one job.
 """
@@ -107,6 +107,31 @@ def test(arguments: list[str]) -> int:
     return _summary("test", results)
 
 
+def test_clients(arguments: list[str]) -> int:
+    """Runs the tests of others' clients, each in its own environment; the arguments go to pytest."""
+    steps = _prepare("dev", 2)
+    steps.begin("Environments of the clients")
+    with environment.exclusive():
+        interpreters = environment.ensure_clients()
+    steps.begin("The clients")
+    tests = ROOT / "tests" / "clients"
+    results = []
+    server: list[str | Path] = [PYTHON, "-B", _existing("tests/clients/server.py")]
+    with subprocess.Popen(
+        server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment.environment()
+    ) as fronts:
+        assert fronts.stdin is not None
+        assert fronts.stdout is not None
+        urls = fronts.stdout.readline().strip()
+        for name, python in interpreters.items():
+            # openai-python is in each of them, the other clients are in one.
+            chosen = ["test_openai.py"] if name.startswith("openai") else []
+            pytest: list[str | Path] = [python, "-B", "-m", "pytest", "-c", "pytest.ini", *chosen, *arguments]
+            results.append(_job(f"clients in {name}", pytest, cwd=tests, FRONT_ENDS=urls))
+        fronts.stdin.close()
+    return _summary("test-clients", results)
+
+
 def check(_arguments: list[str]) -> int:
     """Runs every linter, also after one has failed."""
     locked = ["--locked"] if os.environ.get("CI") else []
@@ -133,16 +158,27 @@ def check(_arguments: list[str]) -> int:
     return _summary("check", results)
 
 
-_TARGETS = {"build": build, "demo": demo, "test": test, "check": check, "bench": bench}
+_TARGETS = {
+    "build": build,
+    "demo": demo,
+    "test": test,
+    "test-clients": test_clients,
+    "check": check,
+    "bench": bench,
+}
 
 
 # === jobs ===
 
 
-def _job(name: str, command: list[str | Path]) -> tuple[str, int, float]:
+def _job(
+    name: str, command: list[str | Path], *, cwd: Path = ROOT, **variables: str
+) -> tuple[str, int, float]:
     started = time.monotonic()
     try:
-        status = subprocess.run(command, cwd=ROOT, env=environment.environment(), check=False).returncode
+        status = subprocess.run(
+            command, cwd=cwd, env={**environment.environment(), **variables}, check=False
+        ).returncode
     except OSError as error:
         print(f"cannot run {os.fspath(command[0])}: {error}", file=sys.stderr)
         status = 127

@@ -172,6 +172,32 @@ def build_benchmarks() -> dict[str, Path]:
     return found
 
 
+def ensure_clients() -> dict[str, Path]:
+    """Makes the environments of others' clients, `.venv/clients/*`, and returns their interpreters by name.
+
+    Raises:
+        StepError: One could not be made or filled.
+    """
+    document = _pyproject()
+    interpreters = {}
+    for group in document["dependency-groups"]:
+        name = group.removeprefix("clients-")
+        if name == group:
+            continue
+        home = VENV / "clients" / name
+        interpreters[name] = home / "bin" / "python"
+        wanted = list(_group(document, group))
+        digest = _digest(sys.version, *wanted)
+        if _fresh(group, digest) and home.exists():
+            continue
+        note(f"packages of the clients in .venv/clients/{name}; only needed once")
+        shutil.rmtree(home, ignore_errors=True)
+        _quietly([PYTHON, "-m", "venv", "--without-pip", home], f"environment {name}")
+        _run(_pip([PYTHON, "-m", "pip", "--python", interpreters[name]], ["--no-compile", *wanted]))
+        _stamp(group, digest)
+    return interpreters
+
+
 def requirements(profile: str) -> list[str]:
     """The requirements of a profile, in the order and words of pyproject.toml."""
     document = _pyproject()

@@ -1,7 +1,7 @@
 //! The configuration through the public API: what is read, what is refused and where, what is shown.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use mlx_serving_router::config::{ClusterConfig, ConfigError, NatsMode, ServerUrls, Strategy, StreamFailover};
+use mlx_serving_router::config::{ApiKey, ClusterConfig, ConfigError, NatsMode, ServerUrls, Strategy, StreamFailover};
 use serde_json::{Value, json};
 
 const ALL: &str = include_str!("../examples/cluster.yaml");
@@ -46,6 +46,19 @@ fn json_and_values_are_read_like_yaml() {
     assert_eq!((read.request_routing.retry.max_retries, read.nats.mode), (7, NatsMode::None));
     assert_eq!(ClusterConfig::from_value(value.clone()).unwrap(), read);
     assert_eq!(ClusterConfig::from_value(json!({"cluster": value})).unwrap(), read);
+}
+
+#[test]
+fn an_api_key_is_a_text_or_an_object_with_limits() {
+    let text = "controller: {apiKeys: [plain, {key: limited, name: n, max_concurrent: 2, requestsPerMinute: 60}, {key: other}]}";
+    let config = yaml(text).unwrap();
+    let secrets: Vec<_> = config.controller.api_keys.iter().map(ApiKey::secret).collect();
+    assert_eq!(secrets, ["plain", "limited", "other"]);
+    let ApiKey::Limited(limited) = &config.controller.api_keys[1] else { panic!("{config:?}") };
+    assert_eq!((limited.max_concurrent, limited.requests_per_minute), (Some(2), Some(60)));
+    assert_eq!(ClusterConfig::from_value(serde_json::to_value(&config).unwrap()).unwrap(), config);
+    let error = refused("controller: {apiKeys: [{key: a, maxConcurent: 2}]}");
+    assert!(error.contains("did you mean maxConcurrent"), "{error}");
 }
 
 #[test]
@@ -199,6 +212,13 @@ fn what_no_type_says_is_checked_too() {
         ("nats: {tls: {certFile: f}}", "nats.tls.certFile"),
         ("nats: {tls: {keyFile: f}}", "nats.tls.keyFile"),
         ("controller: {apiKeys: ['']}", "controller.apiKeys"),
+        ("controller: {apiKeys: [{key: ''}]}", "controller.apiKeys"),
+        ("controller: {apiKeys: [a, {key: a}]}", "controller.apiKeys"),
+        ("controller: {apiKeys: [{key: a, name: n}, {key: b, name: n}]}", "controller.apiKeys"),
+        ("controller: {apiKeys: [{key: a, maxConcurrent: 0}]}", "controller.apiKeys"),
+        ("controller: {apiKeys: [{key: a, requestsPerMinute: 0}]}", "controller.apiKeys"),
+        ("controller: {cors: {allowOrigins: ['https://a/path']}}", "controller.cors.allowOrigins"),
+        ("controller: {cors: {allowOrigins: [a]}}", "controller.cors.allowOrigins"),
         ("controller: {bindAddress: ''}", "controller.bindAddress"),
         ("workers: {static: [{workerId: a.b, url: 'http://a:1'}]}", "workers.static[0].workerId"),
         ("workers: {static: [{workerId: a, url: 'nats://a:1'}]}", "workers.static[0].url"),
@@ -351,17 +371,22 @@ fn a_bad_variable_is_named() {
 fn secrets_are_never_shown() {
     let text = "
 nats: {serverUrl: 'nats://token-SECRET@a:4222', user: me, password: SECRET}
-controller: {apiKeys: [SECRET, SECRET]}
+controller: {apiKeys: [SECRET, {key: SECRET2, name: mine, maxConcurrent: 3}]}
 workers: {static: [{workerId: a, url: 'http://a:1/', apiKey: SECRET}]}
 ";
     let config = yaml(text).unwrap();
     for shown in [format!("{config:?}"), format!("{config:#?}"), config.redacted().to_string()] {
         assert!(!shown.contains("SECRET"), "{shown}");
         assert!(shown.contains("***") && shown.contains("me"), "{shown}");
+        assert!(shown.contains("mine") && shown.contains('3'), "{shown}");
     }
     for text in [
         "controller: {apiKeys: SECRET}",
         "controller: {apiKeys: [{SECRET: 1}]}",
+        "controller: {apiKeys: [5333]}",
+        "controller: {apiKeys: [{key: SECRET, name: [SECRET]}]}",
+        "controller: {apiKeys: [{key: SECRET, maxConcurrent: SECRET}]}",
+        "controller: {apiKeys: [SECRET, SECRET]}",
         "nats: {password: [SECRET]}",
         "nats: {password: 5333}",
         "nats: {serverUrl: 'ftp://SECRET@a:1'}",

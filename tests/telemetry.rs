@@ -164,6 +164,7 @@ fn the_text_has_every_number_under_one_prefix() {
     metrics.request_ended(Some("tiny"), None, ms(30), Some(ms(7)));
     metrics.request_ended(None, Some(Code::ModelNotFound), ms(1), None);
     metrics.tokens(Some("tiny"), &Usage { prompt_tokens: 9, completion_tokens: 12, cached_tokens: 0 });
+    metrics.worker_registered(&worker("a"));
     metrics.attempt_ended(&worker("a"), Some(Code::WorkerTimeout));
     metrics.retry(Code::WorkerTimeout);
     metrics.breaker_transition("OPEN");
@@ -182,6 +183,8 @@ fn the_text_has_every_number_under_one_prefix() {
         (r#"mlx_router_attempts_total{worker_id="a",code="WORKER_TIMEOUT"}"#, 1.0),
         (r#"mlx_router_retries_total{code="WORKER_TIMEOUT"}"#, 1.0),
         (r#"mlx_router_breaker_transitions_total{to="OPEN"}"#, 1.0),
+        (r#"mlx_router_retries_total{code="WORKER_OVERLOADED"}"#, 0.0),
+        (r#"mlx_router_breaker_transitions_total{to="CLOSED"}"#, 0.0),
         ("mlx_router_late_replies_total", 1.0),
         ("mlx_router_dropped_replies_total", 1.0),
         ("mlx_router_events_lost_total", 4.0),
@@ -203,14 +206,30 @@ fn the_text_has_every_number_under_one_prefix() {
 #[test]
 fn a_removed_worker_leaves_no_series() {
     let metrics = Metrics::new();
-    metrics.attempt_ended(&worker("gone"), None);
+    for name in ["gone", "here"] {
+        metrics.worker_registered(&worker(name));
+        metrics.attempt_ended(&worker(name), None);
+    }
     metrics.attempt_ended(&worker("gone"), Some(Code::WorkerUnavailable));
     metrics.worker_removed(&worker("gone"));
     metrics.attempt_ended(&worker("gone"), Some(Code::WorkerOffline));
-    metrics.attempt_ended(&worker("here"), None);
     let text = metrics.text(&gauges(&["here"]));
     assert!(!text.contains("gone"), "{text}");
-    assert!(text.contains("here"));
+    assert_eq!(value(&text, r#"mlx_router_attempts_total{worker_id="here",code="OK"}"#), Some(1.0));
+}
+
+#[test]
+fn a_worker_that_comes_back_begins_anew() {
+    let metrics = Metrics::new();
+    metrics.worker_registered(&worker("back"));
+    metrics.attempt_ended(&worker("back"), None);
+    metrics.worker_removed(&worker("back"));
+    metrics.attempt_ended(&worker("back"), Some(Code::WorkerOffline));
+    metrics.worker_registered(&worker("back"));
+    metrics.attempt_ended(&worker("back"), Some(Code::WorkerTimeout));
+    let text = metrics.text(&gauges(&["back"]));
+    let attempts: Vec<_> = text.lines().filter(|line| line.starts_with("mlx_router_attempts_total")).collect();
+    assert_eq!(attempts, [r#"mlx_router_attempts_total{worker_id="back",code="WORKER_TIMEOUT"} 1"#]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-"""What the front-end needs of HTTP: ids, bodies, disconnects, event streams, errors.
+"""What the front-end needs of HTTP: the controller and the id of a request, bodies, disconnects, errors.
 
 Knows requests and responses of ASGI, and nothing of routes, workers or the OpenAI API's fields.
 """
@@ -13,7 +13,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from starlette.requests import ClientDisconnect
+# Not for type checking alone: FastAPI reads the annotations of `get_controller`.
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mlx_serving_router import _native
@@ -22,16 +23,15 @@ from mlx_serving_router._errors import ControllerError, ControllerErrorCode
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
 
-    from starlette.requests import Request
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Receive
 
-    from mlx_serving_router._native import StreamEncoder, TokenStream
+    from mlx_serving_router._controller import ControllerNode
 
 REQUEST_ID: Final = "x-request-id"
 WORKER_ID: Final = "x-worker-id"
 
-_MAX_BODY: Final = 16 * 1024 * 1024
-"""Bytes of a body that are read at most. The transport's own limit, 1 MiB over NATS unless configured, comes later."""
+_STATE: Final = "mlx_serving_router"
+_ID: Final = "mlx_serving_router.request_id"
 
 # What may stand in a path and in a log line as it is.
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -44,32 +44,60 @@ _logger = logging.getLogger(__name__)
 # === requests ===
 
 
+def get_controller(request: Request) -> ControllerNode:
+    """The application's controller, for `Depends`.
+
+    Raises:
+        RuntimeError: The application has none: its lifespan has not run, or includes no `controller_router`.
+    """
+    controller: ControllerNode | None = getattr(request.state, _STATE, None)
+    if controller is None:
+        raise RuntimeError(
+            "no controller: the application's lifespan has not run. An application that is mounted in another one has"
+            " no lifespan of its own; use app.include_router(controller_router(...), prefix=...) there"
+        )
+    return controller
+
+
+def lifespan_state(controller: ControllerNode) -> dict[str, Any]:
+    """What a lifespan yields, so that `get_controller` finds the controller."""
+    return {_STATE: controller}
+
+
+def path_below_root(request: Request) -> str:
+    """The path without what a proxy, or an application around this one, has put in front of it."""
+    path, root = request.scope["path"], request.scope.get("root_path", "").rstrip("/")
+    if root and (path == root or path.startswith(f"{root}/")):
+        return str(path[len(root) :])
+    return str(path)
+
+
 def request_id(request: Request) -> str:
     """The request's id: the header's where that is a sane one, else one that is made; the same at each call."""
-    made: str | None = getattr(request.state, "request_id", None)
+    made: str | None = request.scope.get(_ID)
     if made is None:
         given = request.headers.get(REQUEST_ID, "")
         made = given if _SANE_ID.fullmatch(given) else str(uuid.uuid4())
-        request.state.request_id = made
+        request.scope[_ID] = made
     return made
 
 
-async def read_body(request: Request) -> bytes:
-    """The body.
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, of `limit` bytes at most.
 
     Raises:
-        ControllerError: PAYLOAD_TOO_LARGE, beyond 16 MiB; the rest is not read.
+        ControllerError: PAYLOAD_TOO_LARGE; the rest is not read.
         ClientDisconnect: The client went away before it had sent all.
     """
     chunks = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > _MAX_BODY:
+        if size > limit:
             raise ControllerError(
                 ControllerErrorCode.PAYLOAD_TOO_LARGE,
-                f"the body has more than {_MAX_BODY} bytes",
-                context={"limit_bytes": _MAX_BODY},
+                f"the body has more than {limit} bytes",
+                context={"limit_bytes": limit},
             )
         chunks.append(chunk)
     return b"".join(chunks)
@@ -81,17 +109,31 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
     Raises:
         ClientDisconnect: The client went away; the work has been cancelled, and has ended.
     """
-    task = asyncio.create_task(work)
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 coroutines run in tasks
+    # Others, a time limit of the application's for one, may cancel the task as well.
+    others = task.cancelling()
+    gone = ended = False
+
+    def leave(watch: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if ended or watch.cancelled():
+            return
+        watch.exception()  # a connection that fails is one that is gone
+        gone = True
+        task.cancel()
+
     watch = asyncio.create_task(_disconnect(receive))
+    watch.add_done_callback(leave)
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
+        return await work
+    except asyncio.CancelledError:
+        if gone and task.uncancel() <= others:
+            raise ClientDisconnect from None
+        raise
     finally:
+        ended = True
         watch.cancel()
-        if task.cancel():
-            await asyncio.wait((task,))
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -100,63 +142,6 @@ async def _disconnect(receive: Receive) -> None:
 
 
 # === responses ===
-
-
-class EventStream(Response):
-    """A streamed answer as server-sent events. Events that come together leave in one write.
-
-    A client that disconnects ends the stream, and with it the work on the worker. A stream that breaks ends with an
-    error event: clients take one that is merely cut for a success.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, stream: TokenStream, encoder: StreamEncoder) -> None:
-        """Make the response; nothing of the stream is read before it is sent.
-
-        Args:
-            stream: The answer.
-            encoder: Writes it.
-        """
-        self._stream = stream
-        self._encoder = encoder
-        self.status_code = 200
-        self.background = None
-        # Proxies that gather responses would hold tokens back.
-        self.init_headers(
-            {"cache-control": "no-cache", "x-accel-buffering": "no", WORKER_ID: stream.worker_id}
-        )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it all."""
-        del scope
-        try:
-            await until_disconnect(receive, self._send(send))
-        except ClientDisconnect:
-            _logger.info("the client left its stream", extra={"request_id": self._stream.request_id})
-
-    async def _send(self, send: Send) -> None:
-        async with self._stream as stream:
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
-            try:
-                async for events in stream.batches():
-                    await send(_piece(self._encoder.tokens(events), more=True))
-                if stream.response is None:
-                    raise RuntimeError("a stream ended with neither an error nor a response")
-                last = self._encoder.finish(stream.response)
-            except ControllerError as error:
-                last = self._encoder.error(error)
-            except OSError as error:  # how servers since ASGI 2.4 tell that nobody reads
-                raise ClientDisconnect from error
-            except Exception as error:  # noqa: BLE001 it goes to the log, and the client must not take this for the end
-                last = self._encoder.error(defect(error, stream.request_id))
-            await send(_piece(last, more=False))
-
-
-def _piece(body: bytes, *, more: bool) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": body, "more_body": more}
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

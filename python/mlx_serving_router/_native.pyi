@@ -1359,6 +1359,9 @@ class StreamEncoder:
     def finish(self, response: InferenceResponse) -> bytes:
         """The end of the answer, up to `[DONE]`."""
 
+    def keepalive(self) -> bytes:
+        """A sign of life: a chunk without text."""
+
     def error(self, error: ControllerError) -> bytes:
         """The end of a stream that broke."""
 

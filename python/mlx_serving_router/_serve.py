@@ -96,7 +96,11 @@ def _listen(host: str, port: int, wanted: int) -> Address:
 async def front_end(
     controller: ControllerNode, address: Address, drain_seconds: float
 ) -> AsyncIterator[asyncio.Task[None]]:
-    """The front-end of a controller that runs; the task ends when it does."""
+    """The front-end of a controller that runs; the task ends when it does.
+
+    Raises:
+        CommandError: On leaving, where it has not started.
+    """
     settings = uvicorn.Config(
         create_app(controller=controller),
         log_config=None,
@@ -111,6 +115,9 @@ async def front_end(
     finally:
         server.should_exit = True
         await task
+    if not server.started:
+        address.listener.close()  # uvicorn closes what it has begun to serve
+        raise CommandError("the front-end did not start: its log says why (is controller.metricsPort taken?)")
 
 
 class _Server(uvicorn.Server):

@@ -11,44 +11,40 @@ controller's.
 
 from __future__ import annotations
 
-import hmac
-import time
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
-from mlx_serving_router import _http, _native
+from mlx_serving_router import _fleet_routes, _http, _monitoring, _openai_routes
 from mlx_serving_router._config import as_config
 from mlx_serving_router._controller import ControllerNode
-from mlx_serving_router._errors import (
-    CircuitState,
-    ControllerError,
-    ControllerErrorCode,
-    ControllerState,
-    _camel,
-)
-from mlx_serving_router._http import HttpError, api_error, json_bytes, json_response, openai_error
+from mlx_serving_router._errors import ControllerError, ControllerState
+from mlx_serving_router._http import HttpError, api_error, get_controller, openai_error
+from mlx_serving_router._keys import Keys
+from mlx_serving_router._openai_routes import Endpoint
+from mlx_serving_router._openapi import document
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
-    from mlx_serving_router._native import ClusterConfig, CompletionCall
+    from mlx_serving_router._native import ClusterConfig
 
 __all__ = ["controller_router", "create_app", "get_controller"]
 
-_STATE: Final = "mlx_serving_router"
-# Models have no birthday here; clients want one that stays.
-_STARTED: Final = int(time.time())
-_OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+#: What scripts of other origins may read of an answer, beside what browsers show anyway.
+_EXPOSED: Final = (_http.REQUEST_ID, _http.WORKER_ID, "retry-after", "retry-after-ms", "x-should-retry")
 
 
 def create_app(
@@ -68,16 +64,27 @@ def create_app(
         ValueError: Both are given.
     """
     if controller is None:
-        router = _router(as_config(config))
+        config = as_config(config)
     elif config is None:
-        router = controller_router(controller)
+        config = controller.config
     else:
         raise ValueError("give a config or a controller, not both: the controller has a config of its own")
     app = FastAPI(
-        title="mlx_serving_router", description="One OpenAI API in front of a fleet of mlx-lm workers"
+        title="mlx_serving_router",
+        description="One OpenAI API in front of a fleet of mlx-lm workers",
+        lifespan=_lifespan(config, controller),
     )
-    app.include_router(router)
+    _add_routes(app.router, config)
     app.exception_handler(HTTPException)(_no_route)
+    origins = config.to_dict()["controller"]["cors"]["allowOrigins"]
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
     for route in app.routes:
         if type(route) is Route:  # FastAPI's own: the documentation
             route.app = _named(route.app)
@@ -91,54 +98,87 @@ def controller_router(controller: ControllerNode | None = None) -> APIRouter:
         controller: The controller; one with all defaults where it is left out. One that is `idle` when the application
             starts is started and stopped with it; any other is left to its owner.
     """
-    return _router(as_config(None) if controller is None else controller.config, controller)
+    config = as_config(None) if controller is None else controller.config
+    router = APIRouter(lifespan=_lifespan(config, controller))
+    _add_routes(router, config)
+    return router
 
 
-def _router(config: ClusterConfig, controller: ControllerNode | None = None) -> APIRouter:
+def _lifespan(config: ClusterConfig, controller: ControllerNode | None) -> Lifespan[Any]:
     settings = config.to_dict()["controller"]
 
     @asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[dict[str, Any]]:
         # Made here: a controller starts once and stays in its process, an application may do neither.
         node = ControllerNode(config) if controller is None else controller
-        if node.state is not ControllerState.IDLE:
-            yield {_STATE: node}
-            return
-        await node.start()
-        try:
-            yield {_STATE: node}
-        finally:
-            await node.stop(settings["drainTimeoutMs"] / 1000)
+        async with AsyncExitStack() as running:
+            if node.state is ControllerState.IDLE:
+                await node.start()
+                running.push_async_callback(node.stop, settings["drainTimeoutMs"] / 1000)
+            port = settings["metricsPort"]
+            if port is not None:
+                await running.enter_async_context(_monitoring.serve(node, settings["bindAddress"], port))
+            yield _http.lifespan_state(node)
 
-    keys = [key.encode() for key in settings["apiKeys"]]
-    keyed = [Depends(_require_key(keys))] if keys else []
-    router = APIRouter(lifespan=lifespan)
-    for method, path, endpoint, summary in _ROUTES:
+    return lifespan
+
+
+def _add_routes(router: APIRouter, config: ClusterConfig) -> None:
+    settings = config.to_dict()["controller"]
+    keys = Keys(settings["apiKeys"])
+    keyed = [Depends(_Keyed(keys))] if keys else []
+    for method, path, endpoint in _routes(settings):
         router.add_api_route(
             path,
             endpoint,
             methods=[method],
-            summary=summary,
             dependencies=keyed if path.startswith(("/v1/", "/api/")) else [],
             response_class=Response,
             route_class_override=_OpenAIRoute if path.startswith("/v1/") else _Route,
+            **document(path, endpoint),
         )
-    return router
 
 
-def get_controller(request: Request) -> ControllerNode:
-    """The application's controller, for `Depends`.
+def _routes(settings: Mapping[str, Any]) -> list[tuple[str, str, Callable[..., Any]]]:
+    openai, fleet = _openai_routes, _fleet_routes
+    # Matched in this order: what is asked for most comes first.
+    routes: list[tuple[str, str, Callable[..., Any]]] = [
+        ("POST", "/v1/chat/completions", openai.chat_completions(settings)),
+        ("POST", "/v1/completions", openai.completions(settings)),
+        ("GET", "/v1/models", openai.models),
+        ("GET", "/v1/models/{model_id:path}", openai.model),
+        ("POST", "/v1/embeddings", openai.not_carried),
+        ("POST", "/v1/responses", openai.not_carried),
+        ("GET", "/health", fleet.health),
+        ("GET", "/ready", fleet.ready),
+        ("GET", "/api/controller/metrics", fleet.controller_metrics),
+        ("GET", "/api/controller/requests", fleet.requests),
+        ("GET", "/api/controller/requests/{request_id}", fleet.one_request),
+        ("GET", "/api/cluster/status", fleet.cluster_status),
+        ("GET", "/api/cluster/workers", fleet.workers),
+        ("GET", "/api/cluster/workers/{worker_id}", fleet.worker),
+    ]
+    if settings["metricsPort"] is None:
+        routes.append(("GET", "/metrics", fleet.metrics))
+    return routes
 
-    Raises:
-        RuntimeError: The application has none: its lifespan has not run, or includes no `controller_router`.
-    """
-    controller: ControllerNode | None = getattr(request.state, _STATE, None)
-    if controller is None:
-        raise RuntimeError(
-            "no controller: the application's lifespan has not run. An application that is mounted in another one has"
-            " no lifespan of its own; use app.include_router(controller_router(...), prefix=...) there"
-        )
-    return controller
+
+_REQUEST_ID: Final = _http.REQUEST_ID.encode()
+
+# For the OpenAPI document: it refuses nothing itself.
+_BEARER: Final = HTTPBearer(auto_error=False, scheme_name="apiKey", description="One of `controller.apiKeys`")
+
+
+class _Keyed:
+    """A dependency that lets requests with one of the keys in."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    async def __call__(
+        self, request: Request, _given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+    ) -> None:
+        self.keys.check(request)
 
 
 # === routes ===
@@ -152,42 +192,75 @@ class _Route(APIRoute):
         """An error as an answer."""
         return api_error(error)
 
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        """The route. FastAPI makes it anew, or handles it with more options, where an application includes it."""
+        super().__init__(path, endpoint, **options)
+        checks = [given.dependency for given in self.dependencies]
+        keyed = [check.keys for check in checks if isinstance(check, _Keyed)]
+        if isinstance(endpoint, Endpoint) and len(keyed) == len(checks):
+            # What FastAPI does between a route and its endpoint (solving dependencies, above all) costs more than all
+            # of ours; where there are no dependencies but our own, completions go the short way.
+            self.app = self._short_way(endpoint, keyed)
+
+    def _short_way(self, endpoint: Endpoint, keyed: list[Keys]) -> ASGIApp:
+        async def checked(request: Request) -> Response:
+            for keys in keyed:
+                keys.check(request)
+            return await endpoint(request)
+
+        answer = self._answering(checked)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await answer(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        return app
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, with errors turned into answers."""
-        handle = super().get_route_handler()
+        return self._answering(super().get_route_handler())
 
+    def _answering(
+        self, handle: Callable[[Request], Coroutine[Any, Any, Response]]
+    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def answer(request: Request) -> Response:
+            name = _http.request_id(request)
             try:
                 response = await handle(request)
             except (ControllerError, HttpError) as error:
                 response = self.shape(error)
             except ClientDisconnect:
                 response = Response(status_code=499)  # for the access log; nobody is there to read it
+            except HTTPException as error:  # of an application's own dependency
+                response = self.shape(
+                    HttpError(error.status_code, "http_error", str(error.detail), error.headers)
+                )
+            except RequestValidationError as error:  # likewise
+                said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+                response = self.shape(HttpError(400, "REQUEST_VALIDATION_FAILED", said))
             except Exception as error:  # noqa: BLE001 whatever it is, it is logged and the client gets its answer
-                response = self.shape(_http.defect(error, _http.request_id(request)))
-            response.headers[_http.REQUEST_ID] = _http.request_id(request)
+                response = self.shape(_http.defect(error, name))
+            response.raw_headers.append((_REQUEST_ID, name.encode("latin-1")))
             return response
 
         return answer
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers; a method that is not this address's gets its error in the shape of the area, too."""
+        try:
+            await super().handle(scope, receive, send)
+        except HTTPException as error:
+            # What an endpoint raises never comes here: the application's handlers have dealt with it.
+            request = Request(scope)
+            response = self.shape(_no_such(request, error))
+            response.headers[_http.REQUEST_ID] = _http.request_id(request)
+            await response(scope, receive, send)
 
 
 class _OpenAIRoute(_Route):
     @staticmethod
     def shape(error: ControllerError | HttpError) -> Response:
         return openai_error(error)
-
-
-def _require_key(keys: list[bytes]) -> Callable[[Request], Awaitable[None]]:
-    async def check(request: Request) -> None:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token.strip().encode("latin-1")
-        # All are compared, so that the time tells nothing of which one came close.
-        matches = [hmac.compare_digest(given, key) for key in keys]
-        if scheme.lower() != "bearer" or not any(matches):
-            message = "a valid key is needed: Authorization: Bearer <key>"
-            raise HttpError(401, "invalid_api_key", message, {"www-authenticate": "Bearer"})
-
-    return check
 
 
 def _named(app: ASGIApp) -> ASGIApp:
@@ -205,150 +278,15 @@ def _named(app: ASGIApp) -> ASGIApp:
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:
-    """Of a whole application: addresses that are not there, methods that are not theirs."""
-    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    told = HttpError(
-        error.status_code, code, f"{error.detail}: {request.method} {request.url.path}", error.headers
-    )
-    response = api_error(told) if "/api/" in request.url.path else openai_error(told)
+    """Of a whole application: addresses that are not there."""
+    told = _no_such(request, error)
+    area = api_error if _http.path_below_root(request).startswith("/api/") else openai_error
+    response = area(told)
     response.headers[_http.REQUEST_ID] = _http.request_id(request)
     return response
 
 
-# === the OpenAI API ===
-
-
-async def _chat_completions(request: Request) -> Response:
-    return await _complete(request, _native.CompletionCall.chat)
-
-
-async def _completions(request: Request) -> Response:
-    return await _complete(request, _native.CompletionCall.text)
-
-
-async def _complete(request: Request, parse: Callable[..., CompletionCall]) -> Response:
-    controller = get_controller(request)
-    headers = request.headers
-    body = await _http.read_body(request)
-    call = parse(body, request_id=_http.request_id(request), session_id=headers.get("x-session-id"))
-    worker_id = headers.get(_http.WORKER_ID)
-    traceparent = headers.get("traceparent")
-    if call.stream:
-        streaming = controller.handle_streaming_request(
-            call.request, worker_id=worker_id, traceparent=traceparent
-        )
-        stream = await _http.until_disconnect(request.receive, streaming)
-        return _http.EventStream(stream, call.stream_encoder(int(time.time())))
-    buffered = controller.handle_buffered_request(call.request, worker_id=worker_id, traceparent=traceparent)
-    answer = await _http.until_disconnect(request.receive, buffered)
-    return json_bytes(call.encode(answer, int(time.time())), headers={_http.WORKER_ID: answer.worker_id})
-
-
-async def _models(request: Request) -> Response:
-    return json_bytes(_native.openai_models(get_controller(request).cluster_status().models, _STARTED))
-
-
-async def _model(request: Request, model_id: str) -> Response:
-    if model_id not in get_controller(request).cluster_status().models:
-        raise ControllerError(
-            ControllerErrorCode.MODEL_NOT_FOUND,
-            "no online worker serves this model; GET /v1/models lists what is served",
-        )
-    return json_bytes(_native.openai_model(model_id, _STARTED))
-
-
-# === the fleet ===
-
-
-async def _health() -> Response:
-    return json_response({"status": "ok"})
-
-
-async def _ready(request: Request) -> Response:
-    controller = get_controller(request)
-    refusing = (CircuitState.OPEN, CircuitState.FORCED_OPEN)
-    serving = sum(
-        worker.status in ("online", "degraded") and worker.breaker not in refusing
-        for worker in controller.workers()
-    )
-    ready = controller.state is ControllerState.READY and serving > 0
-    content = {
-        "status": "ready" if ready else "not ready",
-        "state": str(controller.state),
-        "workers": serving,
-    }
-    return json_response(content, 200 if ready else 503)
-
-
-async def _controller_metrics(request: Request) -> Response:
-    controller = get_controller(request)
-    status = controller.cluster_status()
-    # Worker ids are names, whatever they look like: only what is said of them is renamed.
-    breakers = {
-        worker_id: {_camel(key): value for key, value in stats.items()}
-        for worker_id, stats in controller.get_circuit_breaker_stats().items()
-    }
-    return json_response(
-        {
-            "activeRequests": status.requests["active"],
-            "completedRequests": status.requests["completed"],
-            "circuitBreaker": breakers,
-            "timestamp": status.timestamp,
-        }
-    )
-
-
-async def _requests(request: Request) -> Response:
-    limit = request.query_params.get("limit", "")
-    if limit and not (limit.isascii() and limit.isdigit() and int(limit[:9]) > 0):
-        raise ControllerError(
-            ControllerErrorCode.REQUEST_VALIDATION_FAILED,
-            f"limit is {limit[:40]!r}; it has to be a whole number of at least 1",
-        )
-    newest = get_controller(request).get_all_request_metrics()[-int(limit[:9] or 0) :]
-    return json_response([metadata.to_dict() for metadata in newest])
-
-
-async def _request(request: Request, request_id: str) -> Response:
-    metadata = get_controller(request).get_request_metrics(request_id)
-    if metadata is None:
-        return json_response({"error": "Request not found", "requestId": request_id}, 404)
-    return json_response(metadata.to_dict())
-
-
-async def _cluster_status(request: Request) -> Response:
-    return json_response(get_controller(request).cluster_status().to_dict())
-
-
-async def _workers(request: Request) -> Response:
-    return json_response([worker.to_dict() for worker in get_controller(request).workers()])
-
-
-async def _worker(request: Request, worker_id: str) -> Response:
-    worker = get_controller(request).worker(worker_id)
-    if worker is None:
-        raise HttpError(
-            404, "WORKER_NOT_FOUND", "no worker of this name is known; GET /api/cluster/workers lists them"
-        )
-    return json_response(worker.to_dict())
-
-
-async def _metrics(request: Request) -> Response:
-    return Response(get_controller(request).metrics_text(), media_type=_OPENMETRICS)
-
-
-_ROUTES: Final[list[tuple[str, str, Callable[..., Any], str]]] = [
-    ("POST", "/v1/chat/completions", _chat_completions, "Answer a conversation"),
-    ("POST", "/v1/completions", _completions, "Continue a text"),
-    ("GET", "/v1/models", _models, "What is served"),
-    ("GET", "/v1/models/{model_id:path}", _model, "One model that is served"),
-    ("GET", "/health", _health, "Whether the process is alive"),
-    ("GET", "/ready", _ready, "Whether a worker can serve"),
-    ("GET", "/metrics", _metrics, "Metrics for Prometheus"),
-    ("GET", "/api/controller/metrics", _controller_metrics, "Requests in numbers, and the circuit breakers"),
-    ("GET", "/api/controller/requests", _requests, "What is known of all requests"),
-    ("GET", "/api/controller/requests/{request_id}", _request, "What is known of one request"),
-    ("GET", "/api/cluster/status", _cluster_status, "The fleet in numbers"),
-    ("GET", "/api/cluster/workers", _workers, "All workers"),
-    ("GET", "/api/cluster/workers/{worker_id}", _worker, "One worker"),
-]
+def _no_such(request: Request, error: HTTPException) -> HttpError:
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    return HttpError(error.status_code, code, message, error.headers)

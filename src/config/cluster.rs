@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::front_end::{ApiKey, CorsConfig, SseKeepalive};
 use super::pre_warming::PreWarmingConfig;
 use super::routing::{LoadBalancingConfig, RequestRoutingConfig};
 use super::{redact, rules};
@@ -152,7 +153,7 @@ pub struct EmbeddedNats {
 }
 
 /// The controller and its web front-end.
-#[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[garde(allow_unvalidated)]
 pub struct ControllerConfig {
@@ -180,8 +181,25 @@ pub struct ControllerConfig {
     pub flap_hold_max_ms: u64,
     /// Non-empty: one of these is required as bearer token on `/v1` and `/api`. Never shown.
     #[serde(alias = "api_keys")]
-    #[garde(custom(rules::keys_not_empty))]
-    pub api_keys: Vec<String>,
+    #[garde(custom(rules::api_keys))]
+    pub api_keys: Vec<ApiKey>,
+    /// A port of its own for `/metrics`, with `/health` and `/ready`; 0: any free one.
+    #[serde(alias = "metrics_port")]
+    pub metrics_port: Option<u16>,
+    /// The most bytes of a request's body.
+    #[serde(alias = "max_body_bytes")]
+    #[garde(range(min = 1))]
+    pub max_body_bytes: u64,
+    /// What a stream carries while there is nothing to say.
+    #[serde(alias = "sse_keepalive")]
+    pub sse_keepalive: SseKeepalive,
+    /// After how long without anything else, in milliseconds.
+    #[serde(alias = "sse_keepalive_interval_ms")]
+    #[garde(range(min = 10, max = rules::SPAN_MAX_MS))]
+    pub sse_keepalive_interval_ms: u64,
+    /// Which web pages of other origins may ask.
+    #[garde(dive)]
+    pub cors: CorsConfig,
 }
 
 /// How workers and controllers find each other.
@@ -404,22 +422,12 @@ impl Default for ControllerConfig {
             drain_timeout_ms: 30_000,
             flap_hold_max_ms: 60_000,
             api_keys: Vec::new(),
+            metrics_port: None,
+            max_body_bytes: 16 * 1024 * 1024,
+            sse_keepalive: SseKeepalive::default(),
+            sse_keepalive_interval_ms: 15_000,
+            cors: CorsConfig::default(),
         }
-    }
-}
-
-/// Shows everything but secrets.
-impl fmt::Debug for ControllerConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ControllerConfig")
-            .field("bind_address", &self.bind_address)
-            .field("port", &self.port)
-            .field("worker_offline_timeout_ms", &self.worker_offline_timeout_ms)
-            .field("max_workers", &self.max_workers)
-            .field("drain_timeout_ms", &self.drain_timeout_ms)
-            .field("flap_hold_max_ms", &self.flap_hold_max_ms)
-            .field("api_keys", &self.api_keys.iter().map(|_| redact::HIDDEN).collect::<Vec<_>>())
-            .finish()
     }
 }
 

@@ -7,6 +7,7 @@
 mod cluster;
 mod environment;
 mod error;
+mod front_end;
 mod load;
 mod pre_warming;
 mod read;
@@ -21,6 +22,7 @@ pub use cluster::{
     NatsMode, RequestMetricsConfig, ServerUrls, StaticWorker, TlsConfig, WorkersConfig,
 };
 pub use error::ConfigError;
+pub use front_end::{ApiKey, CorsConfig, LimitedKey, SseKeepalive};
 pub use pre_warming::{PreWarmingConfig, RegisterWhen};
 pub use routing::{
     AdmissionConfig, CircuitBreakerConfig, HedgingConfig, LoadBalancingConfig, RequestRoutingConfig, RetryConfig, Strategy,

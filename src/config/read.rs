@@ -9,7 +9,7 @@ use serde::de::value::StrDeserializer;
 use serde::de::{self, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use super::error::{ConfigError, did_you_mean, did_you_mean_value};
-use super::redact::is_secret;
+use super::redact::{self, is_secret};
 use super::tree::{Key, Node, Origin, Segment, Value, dotted};
 
 /// Reads a value from a node.
@@ -264,7 +264,9 @@ impl<'de> MapAccess<'de> for Entries<'_> {
         self.current = self.entries.next();
         let Some((key, _)) = self.current else { return Ok(None) };
         let name: StrDeserializer<'_, ReadError> = key.name.as_str().into_deserializer();
-        seed.deserialize(name).map(Some).map_err(|error| error.within(Segment::Key(key.name.clone()), &key.origin))
+        // What stands among secrets in the place of a key may be one itself.
+        let shown = if self.secret { redact::HIDDEN.to_owned() } else { key.name.clone() };
+        seed.deserialize(name).map(Some).map_err(|error| error.within(Segment::Key(shown), &key.origin))
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, ReadError> {

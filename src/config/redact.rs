@@ -10,7 +10,7 @@ pub(super) const HIDDEN: &str = "***";
 
 /// Whether the value of this key is a secret.
 pub(super) fn is_secret(key: &str) -> bool {
-    matches!(snake(key).as_str(), "password" | "api_keys" | "api_key")
+    matches!(snake(key).as_str(), "password" | "api_keys" | "api_key" | "key")
 }
 
 /// A URL without user, password, token and query. Whatever stands before the last `@` counts as credentials, since a
@@ -40,7 +40,8 @@ fn hide(value: &mut Value, secret: bool) {
         Value::String(text) if secret => HIDDEN.clone_into(text),
         Value::String(text) if text.contains("://") => *text = url(text),
         Value::Array(items) => items.iter_mut().for_each(|item| hide(item, secret)),
-        Value::Object(entries) => entries.iter_mut().for_each(|(key, value)| hide(value, secret || is_secret(key))),
+        // Of an object among secrets the secret has a key of its own; names and limits may be seen.
+        Value::Object(entries) => entries.iter_mut().for_each(|(key, value)| hide(value, is_secret(key))),
         _ => {}
     }
 }

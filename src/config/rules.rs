@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use garde::{Error, Result};
 
-use super::{ServerUrls, StaticWorker, redact};
+use super::{ApiKey, ServerUrls, StaticWorker, redact};
 use crate::wire::WorkerId;
 
 /// The longest span of time that can be set, in milliseconds: a year. It keeps every sum of spans far from overflow.
@@ -19,9 +19,45 @@ pub(super) fn not_empty<C>(value: &str, _: &C) -> Result {
     if value.is_empty() { refuse("is empty; leave the key out or give a value") } else { Ok(()) }
 }
 
-/// No key is empty: an empty one would let everybody in.
-pub(super) fn keys_not_empty<C>(keys: &[String], context: &C) -> Result {
-    keys.iter().try_for_each(|key| not_empty(key, context))
+/// Keys that tell callers apart: none empty (it would let everybody in), none twice, no name twice, no limit of nothing.
+pub(super) fn api_keys<C>(keys: &[ApiKey], context: &C) -> Result {
+    let (mut secrets, mut names) = (BTreeSet::new(), BTreeSet::new());
+    for (index, key) in keys.iter().enumerate() {
+        not_empty(key.secret(), context)?;
+        if !secrets.insert(key.secret()) {
+            return refuse(format_args!("entry {index} has a key that stands there already"));
+        }
+        let ApiKey::Limited(limited) = key else { continue };
+        if let Some(name) = &limited.name {
+            if name.is_empty() || name.chars().any(char::is_control) {
+                return refuse(format_args!("entry {index}: name is empty or has unprintable characters"));
+            }
+            if !names.insert(name) {
+                return refuse(format_args!("two keys are named {name:?}"));
+            }
+        }
+        for (field, limit) in [("maxConcurrent", limited.max_concurrent), ("requestsPerMinute", limited.requests_per_minute)] {
+            if limit == Some(0) {
+                return refuse(format_args!("entry {index}: {field} is 0; 1 or more is allowed, or null for no limit"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Origins as browsers send them, or `*`.
+pub(super) fn origins<C>(origins: &[String], _: &C) -> Result {
+    let is_origin = |origin: &str| match origin.split_once("://") {
+        Some(("http" | "https", host)) => !host.is_empty() && !host.contains(|c: char| c == '/' || c == '@' || c.is_whitespace()),
+        _ => origin == "*",
+    };
+    match origins.iter().find(|origin| !is_origin(origin)) {
+        Some(wrong) => refuse(format_args!(
+            "{:?} is no origin; expected http://host:port or https://host, without a path, or \"*\"",
+            redact::url(wrong)
+        )),
+        None => Ok(()),
+    }
 }
 
 /// URLs of NATS servers, one at least.

@@ -97,8 +97,12 @@ impl Teller {
     /// The routing room's observer: counts, logs and hands on.
     pub(super) fn observe(&self, event: RouterEvent) {
         match &event {
-            RouterEvent::WorkerRegistered { worker_id, models, .. } => tracing::info!(%worker_id, ?models, "worker registered"),
+            RouterEvent::WorkerRegistered { worker_id, models, .. } => {
+                self.metrics.worker_registered(worker_id);
+                tracing::info!(%worker_id, ?models, "worker registered");
+            }
             RouterEvent::WorkerReplaced { worker_id, incarnation, previous } => {
+                self.metrics.worker_registered(worker_id);
                 tracing::warn!(%worker_id, incarnation, previous, "a new start of this worker, or another one of its name, took its place");
             }
             RouterEvent::WorkerOffline { worker_id } => tracing::warn!(%worker_id, "worker offline: silent for too long"),

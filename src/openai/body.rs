@@ -83,9 +83,21 @@ pub(super) fn text(name: &str, raw: Raw<'_>) -> Result<Option<String>, Controlle
     read(name, raw, "a text")
 }
 
-/// A whole number.
+/// A whole number, also one that is written as `5.0`, as languages with one kind of number do.
 pub(super) fn integer(name: &str, raw: Raw<'_>) -> Result<Option<i64>, ControllerError> {
-    read(name, raw, "a whole number of 64 bits")
+    let Some(value) = raw else { return Ok(None) };
+    match serde_json::from_str::<f64>(value.get()) {
+        // Of the bounds the lower one is a whole number of 64 bits, the upper one the first that is none.
+        #[allow(clippy::cast_possible_truncation)]
+        Ok(number)
+            if value.get().contains(['.', 'e', 'E'])
+                && number.fract() == 0.0
+                && (-2_f64.powi(63)..2_f64.powi(63)).contains(&number) =>
+        {
+            Ok(Some(number as i64))
+        }
+        _ => read(name, raw, "a whole number of 64 bits"),
+    }
 }
 
 /// A number.

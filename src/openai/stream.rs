@@ -125,6 +125,17 @@ impl StreamEncoder {
         out
     }
 
+    /// A sign of life: a chunk without text; the first one names the role.
+    pub fn keepalive(&mut self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(256);
+        if self.begun || self.call.endpoint == Endpoint::Text {
+            self.piece(&mut out, "", None);
+        } else {
+            self.begin(&mut out);
+        }
+        out
+    }
+
     fn begin(&mut self, out: &mut Vec<u8>) {
         if !std::mem::replace(&mut self.begun, true) && self.call.endpoint == Endpoint::Chat {
             self.chat(out, Delta { role: Some("assistant"), content: Some(""), tool_calls: None }, None, None);

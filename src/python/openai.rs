@@ -106,6 +106,11 @@ impl PyStreamEncoder {
         PyBytes::new(py, &self.0.lock().finish(&completion(&response.get().0)))
     }
 
+    /// A sign of life: a chunk without text.
+    fn keepalive<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.lock().keepalive())
+    }
+
     /// The end of a stream that broke.
     fn error<'py>(&self, py: Python<'py>, error: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let error = core_error(error)?;

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use pyo3::conversion::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyStopAsyncIteration, PyStopIteration};
@@ -90,8 +91,14 @@ pub(super) struct Next {
 
 impl Reader {
     /// Reads a stream. To be called on the runtime.
-    pub(super) fn new(stream: TokenStream, idle: Duration) -> Self {
-        let queue = Queue { tokens: VecDeque::new(), end: None, worker_id: stream.worker_id().clone(), waiter: None };
+    pub(super) fn new(mut stream: TokenStream, idle: Duration) -> Self {
+        // A stream is handed out with its first token: that can be taken without another turn of the runtime.
+        let (tokens, end) = match stream.next_batch().now_or_never() {
+            Some(batch) => settled(batch, &stream).map_or_else(|end| (Vec::new(), Some(end)), |tokens| (tokens, None)),
+            None => (Vec::new(), None),
+        };
+        let over = end.is_some();
+        let queue = Queue { tokens: tokens.into(), end, worker_id: stream.worker_id().clone(), waiter: None };
         let channel = Arc::new(Channel {
             request_id: stream.request_id().to_owned(),
             queue: Mutex::new(queue),
@@ -100,7 +107,12 @@ impl Reader {
             closed: CancellationToken::new(),
             ended: CancellationToken::new(),
         });
-        tokio::spawn(pull(Arc::clone(&channel), stream, idle));
+        if over {
+            drop(stream);
+            channel.ended.cancel();
+        } else {
+            tokio::spawn(pull(Arc::clone(&channel), stream, idle));
+        }
         Self(OfProcess::new("stream", channel))
     }
 
@@ -156,16 +168,24 @@ async fn pull(channel: Arc<Channel>, mut stream: TokenStream, idle: Duration) {
             () = channel.closed.cancelled() => break End::Closed,
             batch = stream.next_batch() => batch,
         };
-        match batch {
-            Ok(batch) if batch.is_empty() => {
-                break stream.response().map_or(End::Closed, |answer| End::Complete(Arc::new(answer.clone())));
-            }
-            Ok(batch) => channel.put(batch, stream.worker_id()),
-            Err(error) => break End::Failed(error),
+        match settled(batch, &stream) {
+            Ok(tokens) => channel.put(tokens, stream.worker_id()),
+            Err(end) => break end,
         }
     };
     drop(stream);
     channel.end(end);
+}
+
+/// What a batch is: tokens, or the end.
+fn settled(batch: Result<Vec<Token>, ControllerError>, stream: &TokenStream) -> Result<Vec<Token>, End> {
+    match batch {
+        Ok(batch) if batch.is_empty() => {
+            Err(stream.response().map_or(End::Closed, |answer| End::Complete(Arc::new(answer.clone()))))
+        }
+        Ok(batch) => Ok(batch),
+        Err(error) => Err(End::Failed(error)),
+    }
 }
 
 // === impl Channel ===

@@ -17,6 +17,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::config::RetryConfig;
 use crate::error::ControllerErrorCode;
 use crate::wire::{Usage, WorkerId};
 
@@ -29,6 +30,8 @@ const PREFIX: &str = "mlx_router";
 const UNKNOWN_MODEL: &str = "unknown";
 /// Models with series of their own.
 const MODELS_MAX: usize = 1_000;
+/// The states that a breaker can change to.
+const BREAKER_STATES: [&str; 4] = ["CLOSED", "OPEN", "HALF_OPEN", "FORCED_OPEN"];
 /// The code of a success.
 const OK: &str = "OK";
 
@@ -171,6 +174,13 @@ impl Metrics {
         let (name, help) = ("dropped_replies", "Replies that the protocol has no place for");
         registry.register(name, help, metrics.dropped_replies.clone());
         registry.register("events_lost", "Events that slow readers missed", metrics.events_lost.clone());
+        // What has not happened yet is there as a zero, so that its first time is seen as a change.
+        for code in RetryConfig::default().retry_on_errors {
+            drop(metrics.retries.get_or_create(&Code { code: code.as_str() }));
+        }
+        for to in BREAKER_STATES {
+            drop(metrics.breaker_transitions.get_or_create(&To { to }));
+        }
         Arc::new(metrics)
     }
 
@@ -200,11 +210,12 @@ impl Metrics {
         }
     }
 
-    /// An attempt has ended; `code` is none for a success.
+    /// An attempt has ended; `code` is none for a success. Those that outlive their worker's place in the fleet are not
+    /// counted: nothing would take their series away again.
     pub fn attempt_ended(&self, worker: &WorkerId, code: Option<ControllerErrorCode>) {
-        let mut workers = self.workers.lock();
+        let workers = self.workers.lock();
         if !workers.contains(worker) {
-            workers.insert(worker.clone());
+            return;
         }
         self.attempts.get_or_create(&WorkerCode { worker_id: worker.to_string(), code: name(code) }).inc();
     }
@@ -239,6 +250,11 @@ impl Metrics {
         self.events_lost.inc_by(count);
     }
 
+    /// A worker is in the fleet: its attempts count.
+    pub fn worker_registered(&self, worker: &WorkerId) {
+        self.workers.lock().insert(worker.clone());
+    }
+
     /// A worker has left the fleet: its series go.
     pub fn worker_removed(&self, worker: &WorkerId) {
         let mut workers = self.workers.lock();
@@ -246,20 +262,9 @@ impl Metrics {
         self.forget(worker);
     }
 
-    /// The exposition text ([`CONTENT_TYPE`]). Series of workers that are not among the gauges' go.
+    /// The exposition text ([`CONTENT_TYPE`]).
     #[must_use]
     pub fn text(&self, gauges: &Gauges) -> String {
-        {
-            let present: BTreeSet<&WorkerId> = gauges.workers.iter().map(|worker| &worker.worker_id).collect();
-            let mut workers = self.workers.lock();
-            workers.retain(|worker| {
-                let stays = present.contains(worker);
-                if !stays {
-                    self.forget(worker);
-                }
-                stays
-            });
-        }
         let mut text = String::new();
         // Writing into a String cannot fail.
         let written = encode_registry(&mut text, &self.registry)

@@ -164,3 +164,19 @@ fn a_stream_that_breaks_ends_with_the_error() {
     let error = json!({"message": "it broke", "type": "server_error", "param": null, "code": "STREAM_INTERRUPTED"});
     assert_eq!(events, [json!({"error": error})]);
 }
+
+#[test]
+fn a_sign_of_life_is_a_chunk_without_text_and_the_role_is_named_once() {
+    for include_usage in [false, true] {
+        let call = chat(json!({"stream": true, "stream_options": {"include_usage": include_usage}}));
+        let mut encoder = StreamEncoder::new(Arc::new(call), CREATED);
+        let mut bytes = encoder.keepalive();
+        bytes.extend(encoder.keepalive());
+        bytes.extend(encoder.tokens([("Hi", None)]));
+        let deltas: Vec<_> = events(&bytes).iter().map(|event| event["choices"][0]["delta"].clone()).collect();
+        assert_eq!(deltas, [json!({"role": "assistant", "content": ""}), json!({"content": ""}), json!({"content": "Hi"})]);
+    }
+    let mut encoder = StreamEncoder::new(Arc::new(text(json!({}))), CREATED);
+    let choice = json!({"index": 0, "text": "", "logprobs": null, "finish_reason": null});
+    assert_eq!(events(&encoder.keepalive())[0]["choices"], json!([choice]));
+}

@@ -42,6 +42,17 @@ fn what_is_null_empty_or_unknown_is_not_set() {
 }
 
 #[test]
+fn a_whole_number_may_be_written_with_a_point() {
+    let call = chat(json!({"max_tokens": 16.0, "n": 1.0, "seed": -3.0, "top_k": 4e1}));
+    assert_eq!((call.request.max_tokens, call.request.seed, call.request.top_k), (Some(16), Some(-3), Some(40)));
+    for wrong in [json!({"seed": 1e19}), json!({"seed": 0.5}), json!({"n": 2.0}), json!({"seed": 9_223_372_036_854_775_808_u64})]
+    {
+        let found = refusal(parse(Endpoint::Chat, &chat_body(wrong.clone()).to_string()));
+        assert_eq!(found.0, Code::RequestValidationFailed, "{wrong}");
+    }
+}
+
+#[test]
 fn a_text_completion_asks_for_a_prompt() {
     let call = text(json!({"logprobs": 3, "best_of": 1, "echo": false, "suffix": null, "stop": ["a", "b"]}));
     assert_eq!(call.request.prompt.as_deref(), Some("Once"));

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, HTTPException
 
 from mlx_serving_router import ControllerNode, ControllerState
 from mlx_serving_router.fastapi import controller_router, create_app, get_controller
@@ -253,6 +253,42 @@ def test_a_router_lives_beside_other_routes_under_a_prefix() -> None:
     assert fleet.controller.state is ControllerState.STOPPED
 
 
+def test_what_an_applications_own_dependency_refuses_keeps_its_status() -> None:
+    async def closed(number: int = 0) -> None:
+        if number == 1:
+            raise HTTPException(418, "closed today", {"x-why": "tea"})
+
+    fleet = Fleet()
+    app = FastAPI()
+    app.include_router(controller_router(fleet.controller), prefix="/llm", dependencies=[Depends(closed)])
+    with serve(app) as url, httpx.Client(base_url=f"{url}/llm") as http:
+        assert http.post("/v1/chat/completions", json=chat()).status_code == 200
+        refused = http.post("/v1/chat/completions", params={"number": 1}, json=chat())
+        assert (refused.status_code, refused.headers["x-why"]) == (418, "tea")
+        assert refused.json()["error"]["message"] == "closed today"
+        wrong = http.post("/v1/chat/completions", params={"number": "x"}, json=chat())
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "REQUEST_VALIDATION_FAILED")
+        assert "number" in wrong.json()["error"]["message"]
+        method = http.delete("/v1/models")
+        assert (method.status_code, method.json()["error"]["code"]) == (405, "method_not_allowed")
+        assert method.headers["allow"] == "GET"
+        assert method.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses"])
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_what_no_worker_serves_is_a_404_that_clients_read(path: str, prefix: str) -> None:
+    app = FastAPI()
+    app.include_router(controller_router(Fleet().controller), prefix=prefix)
+    with serve(app) as url:
+        refused = httpx.post(f"{url}{prefix}{path}", json={"model": "tiny", "input": "Hello"})
+    assert refused.status_code == 404
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "unknown_url")
+    assert "completions" in error["message"]
+    assert refused.headers["x-request-id"]
+
+
 def test_an_application_can_be_served_twice() -> None:
     app = create_app(LOCAL)
     for _ in range(2):
@@ -283,8 +319,3 @@ async def test_a_controller_that_runs_already_is_left_to_its_owner() -> None:
 def test_a_config_and_a_controller_are_not_given_together() -> None:
     with pytest.raises(ValueError, match="not both"):
         create_app(LOCAL, controller=ControllerNode(LOCAL))
-
-
-def test_the_openapi_document_lists_the_routes() -> None:
-    paths = create_app(LOCAL).openapi()["paths"]
-    assert {"/v1/chat/completions", "/v1/models/{model_id}", "/api/cluster/status", "/health"} <= set(paths)
