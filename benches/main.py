@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).resolve().parent.parent
 _CELLS = [Cell("buffered", 1), Cell("buffered", 64), Cell("streaming", 1), Cell("streaming", 64)]
 _UNBOUNDED = 1 << 53
+#: What `--only=worker` runs, each a program of its own with a model: not a part of the rest.
+_OF_WORKERS = ("worker.py", "turns.py", "liveness.py")
 #: How long one request may take (seconds), and how long a side may take beyond that to say so.
 _PATIENCE = 10.0
 _GRACE = 5.0
@@ -52,7 +54,7 @@ def main() -> int:
     """Runs the benchmark and returns the exit status."""
     options = _options()
     try:
-        return _run(options)
+        return _run_workers() if options.worker else _run(options)
     except (NatsServerError, SideError, core.CoreError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -77,6 +79,16 @@ def _run(options: argparse.Namespace) -> int:
         kept |= _compare(options)
     path = _keep(options.output, kept)
     print(f"{time.monotonic() - started:.0f} s; all figures: {path}")
+    return 0
+
+
+def _run_workers() -> int:
+    """Runs the benchmarks of workers, and returns the first exit status that is not 0."""
+    for name in _OF_WORKERS:
+        print(f"\n=== {name}", flush=True)
+        status = subprocess.run([sys.executable, "-B", _ROOT / "benches" / name], check=False).returncode
+        if status:
+            return status
     return 0
 
 
@@ -229,7 +241,7 @@ def _options() -> argparse.Namespace:
         "--requests", type=_positive, default=_UNBOUNDED, help="at most so many in one round of one side"
     )
     parser.add_argument("--tokens", type=_positive, default=64, help="length of a stream (default 64)")
-    names = ["core", *SIDES, *(cell.name for cell in _CELLS)]
+    names = ["core", "worker", *SIDES, *(cell.name for cell in _CELLS)]
     parser.add_argument("--only", metavar="NAME,NAME", default="", help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=Path, default=_ROOT / "target" / "bench", help="folder for the JSON")
     options = parser.parse_args()
@@ -239,6 +251,9 @@ def _options() -> argparse.Namespace:
     for name in wanted:
         if name not in names:
             parser.error(f"--only: {name!r} is none of {', '.join(names)}")
+    options.worker = "worker" in wanted
+    if options.worker and wanted != ["worker"]:
+        parser.error("--only: worker is measured by itself")
     options.core = not wanted or "core" in wanted
     options.sides = [name for name in SIDES if name in wanted] or list(SIDES)
     options.cells = [cell for cell in _CELLS if cell.name in wanted] or _CELLS

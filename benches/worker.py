@@ -23,12 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import fleet
 from sides import Process, SideError
 
-from mlx_serving_router import ClusterConfig, ControllerNode, InferenceRequest
+from mlx_serving_router import ControllerNode, InferenceRequest
 from mlx_serving_router.nats_server import NatsServer, NatsServerError
 
-_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny-model" / "model"
 _MANY = 16
 _PATIENCE = 300.0
 
@@ -67,26 +67,20 @@ async def _run(options: argparse.Namespace) -> int:
     rounds: list[dict[str, float]] = []
     with NatsServer(port=0) as nats:
         setup = {
-            "url": nats.url,
             "model": str(options.model),
             "concurrency": _MANY,
             "port": _free_port(),
         }
-        processes = [_started(role, setup) for role in _ROLES]
-        direct = processes[1]
-        try:
-            async with ControllerNode(_config(nats.url)) as controller:
+        started = [_started(role, setup) for role in _ROLES]
+        started.append(fleet.start(nats.url, "w", model=options.model, max_concurrent=_MANY))
+        with fleet.ready(started) as (direct, *_):
+            async with ControllerNode(fleet.config(nats.url)) as controller:
                 await controller.wait_for_workers(1, timeout=60)
                 for number in range(options.rounds + 1):
                     measured = await _round(controller, direct, setup, options, number)
                     if number:  # round 0 warms up
                         rounds.append(measured)
                     print(f"round {number}: " + _shown(measured), flush=True)
-        finally:
-            for process in processes:
-                process.end()
-            for process in processes:
-                process.wait()
     of_direct = median(each["through"] / each["direct"] for each in rounds)
     of_one = median(each["through"] / each["alone"] for each in rounds)
     of_server = median(each["through"] / each["server"] for each in rounds)
@@ -132,7 +126,7 @@ async def _through(controller: ControllerNode, load: Load) -> float:
         nonlocal counted
         for number in numbers:
             request = InferenceRequest(
-                model_id="bench",
+                model_id=fleet.NAME,
                 messages=load.messages(number),
                 max_tokens=load.tokens,
             )
@@ -176,12 +170,6 @@ async def _over_http(setup: dict[str, Any], load: Load) -> float:
         return sum(counts) / (time.perf_counter() - began)
 
 
-def _config(url: str) -> ClusterConfig:
-    return ClusterConfig.from_dict(
-        {"nats": {"mode": "external", "serverUrl": url}, "logging": {"level": "warning"}}
-    )
-
-
 def _shown(measured: dict[str, float]) -> str:
     return ", ".join(
         f"{name} {measured[name]:.0f} tokens/s" for name in ("direct", "through", "alone", "server")
@@ -192,9 +180,7 @@ def _shown(measured: dict[str, float]) -> str:
 
 
 def _started(role: str, setup: dict[str, Any]) -> Process:
-    process = Process(role, [sys.executable, "-B", __file__, role, json.dumps(setup)])
-    process.read(60.0)
-    return process
+    return Process(role, [sys.executable, "-B", __file__, role, json.dumps(setup)])
 
 
 def _free_port() -> int:
@@ -205,19 +191,6 @@ def _free_port() -> int:
 
 def _say(answer: dict[str, Any]) -> None:
     print(json.dumps(answer), flush=True)
-
-
-def _worker(setup: dict[str, Any]) -> None:
-    from mlx_serving_router import WorkerNode
-    from mlx_serving_router.mlx import MlxEngine
-
-    async def work() -> None:
-        engine = MlxEngine({"bench": setup["model"]}, max_concurrent=setup["concurrency"])
-        async with WorkerNode(engine, config=_config(setup["url"])):
-            _say({"ready": True})
-            await asyncio.to_thread(sys.stdin.read)
-
-    asyncio.run(work())
 
 
 def _direct(setup: dict[str, Any]) -> None:
@@ -277,7 +250,7 @@ def _server(setup: dict[str, Any]) -> None:
         server.main()
 
 
-_ROLES = {"worker": _worker, "direct": _direct, "server": _server}
+_ROLES = {"direct": _direct, "server": _server}
 
 
 # === options ===
@@ -288,7 +261,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default 7)")
     parser.add_argument("--requests", type=int, default=48, help="requests of a side in a round (default 48)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer (default 128)")
-    parser.add_argument("--model", type=Path, default=_MODEL, help="the model's folder")
+    parser.add_argument("--model", type=Path, default=fleet.MODEL, help="the model's folder")
     return parser.parse_args()
 
 

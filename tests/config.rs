@@ -4,7 +4,7 @@
 use mlx_serving_router::config::{ClusterConfig, ConfigError, NatsMode, ServerUrls, Strategy, StreamFailover};
 use serde_json::{Value, json};
 
-const ALL: &str = include_str!("fixtures/config/all.yaml");
+const ALL: &str = include_str!("../examples/cluster.yaml");
 
 fn yaml(text: &str) -> Result<ClusterConfig, ConfigError> {
     ClusterConfig::from_yaml(text, Some("cluster.yaml"))
@@ -273,7 +273,7 @@ fn a_file_that_cannot_be_read_is_named() {
 
 #[test]
 fn the_environment_overrides_the_file() {
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/config/all.yaml");
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/cluster.yaml");
     let variables = [
         ("MLX_ROUTER__REQUEST_ROUTING__RETRY__MAX_RETRIES", "3"),
         ("MLX_ROUTER__REQUEST_ROUTING__SESSION_TTL", "7"),

@@ -18,6 +18,7 @@ from mlx_serving_router._errors import (
     ControllerErrorCode,
     ControllerState,
 )
+from mlx_serving_router._handlers import Finish
 from mlx_serving_router._native import (
     BlockingTokenStream,
     ClusterConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "ControllerEvent",
     "ControllerNode",
     "ControllerState",
+    "Finish",
     "InferenceRequest",
     "InferenceResponse",
     "Lease",

@@ -47,6 +47,26 @@ def changed(config: ClusterConfig, changes: Mapping[str, Any]) -> ClusterConfig:
     return ClusterConfig.from_dict(_merged(config.to_dict(), changes)) if changes else config
 
 
+def changes(
+    *,
+    nats: str | None = None,
+    prefix: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+) -> dict[str, Any]:
+    """The keys of the configuration that options set."""
+    mode = None if nats is None else "external"
+    sections: dict[str, dict[str, Any]] = {
+        "nats": {"mode": mode, "serverUrl": nats, "subjectPrefix": prefix},
+        "controller": {"bindAddress": host, "port": port},
+    }
+    given = {
+        section: {key: value for key, value in keys.items() if value is not None}
+        for section, keys in sections.items()
+    }
+    return {section: keys for section, keys in given.items() if keys}
+
+
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(settings)
     for key, value in changes.items():

@@ -11,22 +11,40 @@ import asyncio
 import inspect
 import logging
 import traceback
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from mlx_serving_router._errors import ControllerError
-from mlx_serving_router._native import TokenEvent
+from mlx_serving_router._native import TokenEvent, Usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from mlx_serving_router import _native
 
-    Handler: TypeAlias = Callable[[_native.InferenceRequest], AsyncIterator[str | TokenEvent]]
+    Handler: TypeAlias = Callable[[_native.InferenceRequest], AsyncIterator[str | TokenEvent | "Finish"]]
 
 _logger = logging.getLogger("mlx_serving_router.worker")
 
 #: A handler that never waits for anything lets its event loop go on after so many pieces.
 _BREATH: Final = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """How an answer ends, where a handler knows more than that it does: the last thing that it yields.
+
+    What comes after it is not read. A handler that yields none has ended with `"stop"`.
+
+    Args:
+        reason: Why no further token came.
+        usage: Tokens of the request and its answer. `None`: the answer's are counted, the prompt's unknown.
+        tool_calls: The functions that the model wants called, in the OpenAI API's shape.
+    """
+
+    reason: Literal["stop", "length", "tool_calls"] = "stop"
+    usage: Usage | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 async def answer(job: _native.Job, handler: Handler) -> None:
@@ -49,12 +67,12 @@ async def _generate(job: _native.Job, handler: Handler) -> None:
     try:
         pieces = handler(job.request)
         try:
-            await _deliver(job, pieces)
+            finish = await _deliver(job, pieces)
         finally:
             close = getattr(pieces, "aclose", None)
             if close is not None:
                 await close()
-        job.done("stop")
+        _end(job, finish)
     except ControllerError as error:
         job.error(error.code, error.message, retry_after_ms=_retry_after(error))
     except Exception as error:  # noqa: BLE001 a handler may raise anything, and it ends its request alone
@@ -66,22 +84,36 @@ async def _generate(job: _native.Job, handler: Handler) -> None:
             job.error("WORKER_UNAVAILABLE", f"the worker's handler raised {kind}")
 
 
-async def _deliver(job: _native.Job, pieces: AsyncIterator[str | TokenEvent]) -> None:
+def _end(job: _native.Job, finish: Finish) -> None:
+    usage = finish.usage
+    job.done(
+        finish.reason,
+        prompt_tokens=0 if usage is None else usage.prompt_tokens,
+        completion_tokens=None if usage is None else usage.completion_tokens,
+        cached_tokens=0 if usage is None else usage.cached_tokens,
+        tool_calls=finish.tool_calls,
+    )
+
+
+async def _deliver(job: _native.Job, pieces: AsyncIterator[str | TokenEvent | Finish]) -> Finish:
     count = 0
     async for piece in pieces:
         if isinstance(piece, str):
             job.piece(piece)
         elif isinstance(piece, TokenEvent):
             job.event(piece)
+        elif isinstance(piece, Finish):
+            return piece
         else:
-            raise TypeError(f"a handler yields str or TokenEvent, not {type(piece).__name__}")
+            raise TypeError(f"a handler yields str, TokenEvent or Finish, not {type(piece).__name__}")
         if job.cancelled:
-            return
+            break
         count += 1
         if not job.has_room:
             await job.room()
         elif count % _BREATH == 0:
             await asyncio.sleep(0)
+    return Finish()
 
 
 def _retry_after(error: ControllerError) -> int | None:
@@ -94,4 +126,6 @@ def gives_pieces(handler: object) -> bool:
     function: Any = handler if inspect.isroutine(handler) else getattr(handler, "__call__", None)  # noqa: B004
     while hasattr(function, "func"):  # functools.partial
         function = function.func
-    return callable(handler) and not inspect.iscoroutinefunction(function) and not inspect.isclass(handler)
+    # A plain function may hand on the generator of another one; a plain generator, or a coroutine, is no such thing.
+    is_other = inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function)
+    return callable(handler) and not is_other and not inspect.isclass(handler)

@@ -1,7 +1,7 @@
 """The Rust core. What is public here is exported by `mlx_serving_router`; everything else is for the package alone."""
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, final
 
@@ -575,6 +575,9 @@ class ClusterConfig:
     def to_dict(self) -> dict[str, Any]:
         """All of it with camelCase keys. Secrets are in it."""
 
+    def redacted(self) -> dict[str, Any]:
+        """All of it with camelCase keys, to be shown: `***` stands for each secret."""
+
     @staticmethod
     def json_schema() -> dict[str, Any]:
         """The JSON Schema (2020-12) of a configuration file."""
@@ -945,6 +948,9 @@ class Worker:
         max_concurrent: int = 1,
         max_queue: int = 64,
         features: Sequence[str] = ...,
+        model_paths: Mapping[str, str] = ...,
+        total_model_size: int = 0,
+        last_scanned: int | None = None,
     ) -> Self: ...
     @property
     def worker_id(self) -> str:
@@ -1001,6 +1007,14 @@ class Worker:
         """As `wait`, blocking."""
 
 @final
+class Thread:
+    """A thread that calls `target` at once, and can be waited for as the operating system understands it."""
+
+    def __new__(cls, target: Callable[[], object], name: str) -> Self: ...
+    def join(self, timeout: float) -> bool:
+        """Wait until it is gone. False: it is still there after so many seconds."""
+
+@final
 class JobQueue:
     """The work of one engine, in the order in which it is to be done."""
 
@@ -1029,10 +1043,26 @@ class JobQueue:
     ) -> None:
         """What heartbeats say from now on. The first `ready` lets the worker register.
 
-        `cached_prefixes` that are left out stay as they are.
+        Jobs for `loading_models` are not handed out. `cached_prefixes` that are left out stay as they are.
 
         Raises:
             ValueError: `phase` is none, or a prefix is no hash, or there are more than 256.
+        """
+
+    @property
+    def waiting_models(self) -> list[str]:
+        """The models that waiting jobs ask for, each once."""
+    def refuse(
+        self,
+        up_to: Literal["low", "normal", "high"] | None,
+        message: str = "",
+        *,
+        retry_after_ms: int | None = None,
+    ) -> None:
+        """Refuse requests of this priority and of lower ones from now on, waiting jobs too; `None`: nobody.
+
+        Raises:
+            ValueError: `up_to` is no priority.
         """
 
 @final
@@ -1071,6 +1101,9 @@ class Job:
 
     def gone(self) -> Call:
         """Return when `cancelled`."""
+
+    def put_back(self) -> None:
+        """Give it back to the queue, where it waits as before: its model is loaded first."""
 
     def let_go(self) -> None:
         """Give the place of a job of `next` back: nobody works on it any more."""
@@ -1340,3 +1373,19 @@ def openai_models(ids: Sequence[str], created: int) -> bytes:
 
 def openai_model(id: str, created: int) -> bytes:  # noqa: A002 the name is Rust's
     """The body of `/v1/models/{id}`. `created` is in seconds since the epoch."""
+
+# === survey.rs ===
+
+def survey(config: ClusterConfig, name: str, seconds: float) -> dict[str, Any]:
+    """Connect to the NATS server of a configuration, ask who is there, and listen for so many seconds.
+
+    No controller is made, and no worker is asked to do anything but to say who it is.
+
+    Returns:
+        `server` with `name`, `version`, `maxPayload` (bytes) and `roundTripMs`; `workers`, each with `workerId`,
+        `hostname`, `models`, `older` (it speaks the older dialect), `clockAheadMs` (None: it says no time) and
+        `incarnations`, how many lives of that name spoke.
+
+    Raises:
+        ControllerError: NATS_ERROR: no server answers, or it refuses us.
+    """

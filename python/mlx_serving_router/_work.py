@@ -33,13 +33,13 @@ async def work(engine: Engine, config: ClusterConfig, *, worker_id: str | None) 
     Raises:
         ControllerError: NATS cannot be reached (a worker joins a server, it never starts one), or another worker has
             taken the name.
-        ModelLoadError: A model is missing or broken.
+        ModelLoadError: No model can be loaded.
         ValueError: The name is unsuitable.
     """
     node = WorkerNode(engine, config=config, worker_id=worker_id)
     with stop_signals() as stopping:
         try:
-            _logger.info("%s loads %s", node.worker_id, ", ".join(engine.models))
+            _logger.info("%s serves %s", node.worker_id, ", ".join(engine.models))
             await unless(stopping, node.start())
             if not stopping.is_set():
                 _logger.info("%s is ready", node.worker_id)

@@ -54,10 +54,11 @@ class WorkerNode:
         async with WorkerNode(echo, config="cluster.yaml", models=["echo"]) as worker:
             await worker.wait()
 
-    A handler runs in the event loop in which the worker was started, or in one of the package's own when it was
-    started by `run()`; each request is a task there, cancelled when nobody waits for it any more. What it raises ends
-    its request alone: a `ControllerError` with its code (and `retry_after_ms` of its context), anything else as
-    WORKER_UNAVAILABLE.
+    A handler yields texts or `TokenEvent`s, and as its last piece a `Finish` where the answer ends otherwise than with
+    `"stop"`, or its usage is known. It runs in the event loop in which the worker was started, or in one of the
+    package's own when it was started by `run()`; each request is a task there, cancelled when nobody waits for it any
+    more. What it raises ends its request alone: a `ControllerError` with its code (and `retry_after_ms` of its
+    context), anything else as WORKER_UNAVAILABLE.
 
     A started worker runs until it is stopped, also when nobody refers to it. The exit of the interpreter stops it.
 
@@ -271,6 +272,9 @@ class _Runner:
             max_concurrent=max_concurrent,
             max_queue=max_queue,
             features=list(getattr(engine, "features", ())),
+            model_paths=dict(getattr(engine, "model_paths", {})),
+            total_model_size=getattr(engine, "total_model_size", 0),
+            last_scanned=getattr(engine, "last_scanned", None),
         )
         self._begun = False
         self._task: asyncio.Task[None] | None = None

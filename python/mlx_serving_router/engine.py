@@ -39,9 +39,11 @@ EnginePhase: TypeAlias = Literal["loading", "ready", "draining"]
 class Engine(Protocol):
     """Generates answers for one or more models.
 
-    An engine may have two attributes more, which `WorkerNode` looks for: `max_concurrent`, how many jobs it works on
-    at a time (1 where it is missing), and `features`, what it can do beyond answering: `"batch"`, several jobs at a
-    time, and `"resume"`, it heeds `EngineRequest.resume`.
+    An engine may have attributes more, which `WorkerNode` looks for: `max_concurrent`, how many jobs it works on at a
+    time (1 where it is missing); `features`, what it can do beyond answering: `"batch"`, several jobs at a time, and
+    `"resume"`, it heeds `EngineRequest.resume`; and of the files of its models, for people who look at the fleet,
+    `model_paths` (a mapping of names to places), `total_model_size` (bytes) and `last_scanned` (milliseconds since the
+    epoch).
     """
 
     @property
@@ -109,10 +111,32 @@ class JobQueue(Protocol):
         Args:
             phase: The first `"ready"` lets the worker register and take requests.
             loaded_models: Names from `Engine.models` that can answer at once.
-            loading_models: Names being loaded: controllers allow requests for them more time.
+            loading_models: Names being loaded: controllers allow requests for them more time, and jobs for them are
+                not handed out until the name is no longer among them. Their time does not run meanwhile.
             cached_prefixes: Which prompts the engine could continue from its caches, as the hashes of
                 docs/prefix-hashes.md, at most 256. The next heartbeat has them: there is none for their sake alone.
                 `None` leaves them as they are.
+        """
+        ...
+
+    @property
+    def waiting_models(self) -> Sequence[str]:
+        """The models that jobs wait for which were not handed out yet, each once."""
+        ...
+
+    def refuse(
+        self,
+        up_to: Literal["low", "normal", "high"] | None,
+        message: str = "",
+        *,
+        retry_after_ms: int | None = None,
+    ) -> None:
+        """Refuse requests as WORKER_OVERLOADED from now on, those that wait included.
+
+        Args:
+            up_to: The highest priority that is refused, with all below it; `None` refuses nobody any more.
+            message: Why. For people.
+            retry_after_ms: Milliseconds after which the worker may be asked again; `None` takes what recent jobs took.
         """
         ...
 
@@ -120,8 +144,8 @@ class JobQueue(Protocol):
 class Job(Protocol):
     """One attempt at one request. Implemented by the worker's runtime.
 
-    Exactly one of `done` and `error` ends it. After that, and after a cancellation, every method is without
-    effect, so an engine never has to guard a call. A job that is dropped without an end is answered as an
+    Exactly one of `done` and `error` ends it. After that, after a cancellation and after `put_back`, every method is
+    without effect, so an engine never has to guard a call. A job that is dropped without an end is answered as an
     error by the runtime.
     """
 
@@ -180,6 +204,14 @@ class Job(Protocol):
             completion_tokens: Tokens generated; `None` takes the number of ids that went through `token`.
             cached_tokens: How many of the prompt's tokens did not have to be computed.
             tool_calls: In the OpenAI API's shape.
+        """
+        ...
+
+    def put_back(self) -> None:
+        """Give the job back to the queue, where it waits as before, and is handed out again as another `Job`.
+
+        For a job whose model has to be loaded first: `JobQueue.report` says beforehand that it is, else the job comes
+        again at once. A job that a piece was delivered of is not given back.
         """
         ...
 

@@ -299,9 +299,14 @@ async def _controller_metrics(request: Request) -> Response:
 
 
 async def _requests(request: Request) -> Response:
-    return json_response(
-        [metadata.to_dict() for metadata in get_controller(request).get_all_request_metrics()]
-    )
+    limit = request.query_params.get("limit", "")
+    if limit and not (limit.isascii() and limit.isdigit() and int(limit[:9]) > 0):
+        raise ControllerError(
+            ControllerErrorCode.REQUEST_VALIDATION_FAILED,
+            f"limit is {limit[:40]!r}; it has to be a whole number of at least 1",
+        )
+    newest = get_controller(request).get_all_request_metrics()[-int(limit[:9] or 0) :]
+    return json_response([metadata.to_dict() for metadata in newest])
 
 
 async def _request(request: Request, request_id: str) -> Response:

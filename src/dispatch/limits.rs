@@ -63,7 +63,7 @@ pub(super) struct Timers {
 enum Loading {
     /// The worker has not said that it loads it.
     Unknown,
-    /// It loads it since then.
+    /// It loads it, for all that is known since then.
     Since(Instant),
     /// It has loaded it, and used up the time for that.
     Over,
@@ -119,7 +119,7 @@ impl Limits {
             loading: Loading::Unknown,
         };
         if loading {
-            timers.begin_loading(now, now);
+            timers.begin_loading(now);
         }
         timers
     }
@@ -145,8 +145,8 @@ impl Timers {
     }
 
     /// The worker loads the model: until it has, the attempt that was `sent` has the time for that and not less.
-    pub(super) fn begin_loading(&mut self, sent: Instant, now: Instant) {
-        self.loading = Loading::Since(now);
+    pub(super) fn begin_loading(&mut self, sent: Instant) {
+        self.loading = Loading::Since(sent);
         let (from_sent, extra) = ((later(sent, self.load_limit), self.load_limit), self.load_limit);
         self.accept = self.accept.map(|_| from_sent);
         self.first_token = self.first_token.map(|_| from_sent);
@@ -328,17 +328,30 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_passed_while_the_model_was_loaded_begins_anew() {
+        let now = Instant::now();
+        let deadline = limits().deadline(Mode::Buffered, None, now);
+        let mut timers = limits().timers(Mode::Buffered, false, deadline, now);
+        timers.heard();
+        assert_eq!(timers.next(), (now + millis(30_000), Limit::Total));
+        timers.begin_loading(now); // as it turns out then
+        timers.loaded(now + millis(40_000));
+        assert_eq!(timers.next(), (now + millis(70_000), Limit::Total));
+        assert!(!timers.is_requests_own());
+    }
+
+    #[test]
     fn a_model_that_turns_out_to_be_loading_gets_its_time_from_the_sending_on() {
         let now = Instant::now();
         let deadline = limits().deadline(Mode::Streaming, None, now);
         let mut timers = limits().timers(Mode::Streaming, false, deadline, now);
         timers.heard();
         assert!(timers.may_begin_loading());
-        timers.begin_loading(now, now + millis(60_000));
+        timers.begin_loading(now);
         assert_eq!(timers.next(), (now + millis(120_000), Limit::FirstToken));
         assert!(timers.is_loading() && !timers.may_begin_loading());
         timers.loaded(now + millis(70_000));
         assert!(!timers.may_begin_loading());
-        assert_eq!(timers.left(now), millis(610_000));
+        assert_eq!(timers.left(now), millis(670_000));
     }
 }

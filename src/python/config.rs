@@ -61,6 +61,11 @@ impl PyClusterConfig {
         json::to_python(py, &self.0)
     }
 
+    /// All of it with camelCase keys, to be shown: `***` stands for each secret.
+    fn redacted<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        json::to_python(py, &self.0.redacted())
+    }
+
     /// The JSON Schema (2020-12) of a configuration file.
     #[staticmethod]
     fn json_schema(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {

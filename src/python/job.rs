@@ -12,7 +12,7 @@ use super::answer::PyTokenEvent;
 use super::request::PyInferenceRequest;
 use super::runtime::OfProcess;
 use super::{bridge, json};
-use crate::wire::{Finish, FinishReason, Json, MOST_CACHED_PREFIXES, Phase, PrefixHashes, Usage};
+use crate::wire::{Finish, FinishReason, Json, MOST_CACHED_PREFIXES, Phase, PrefixHashes, Priority, Usage};
 use crate::worker::{Job, JobQueue, Piece};
 
 /// How often a thread that waits for a job looks for signals.
@@ -82,8 +82,27 @@ impl PyJobQueue {
         Ok(())
     }
 
-    /// What heartbeats say from now on. The first `ready` lets the worker register. `cached_prefixes` that are left out stay
-    /// as they are.
+    /// The models that waiting jobs ask for, each once.
+    #[getter]
+    fn waiting_models(&self) -> PyResult<Vec<String>> {
+        Ok(self.0.get()?.waiting_models())
+    }
+
+    /// Refuses requests of this priority and of lower ones from now on, waiting jobs too; `None` refuses nobody.
+    #[pyo3(signature = (up_to, message="", *, retry_after_ms=None))]
+    fn refuse(&self, up_to: Option<&str>, message: &str, retry_after_ms: Option<i64>) -> PyResult<()> {
+        let known = |name: &str| match name {
+            "low" => Ok(Priority::Low),
+            "normal" => Ok(Priority::Normal),
+            "high" => Ok(Priority::High),
+            other => Err(PyValueError::new_err(format!("up_to is {other:?}; 'low', 'normal', 'high' or None is right"))),
+        };
+        self.0.get()?.refuse(up_to.map(known).transpose()?, message, retry_after_ms);
+        Ok(())
+    }
+
+    /// What heartbeats say from now on. The first `ready` lets the worker register. Jobs for `loading_models` are not handed
+    /// out. `cached_prefixes` that are left out stay as they are.
     #[pyo3(signature = (phase, *, loaded_models=Vec::new(), loading_models=Vec::new(), cached_prefixes=None))]
     fn report(
         &self,
@@ -189,6 +208,12 @@ impl PyJob {
     fn gone<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let token = self.job.get()?.cancelled().clone();
         bridge::awaitable_with(py, async move { token.cancelled().await }, |py, ()| Ok(py.None()))
+    }
+
+    /// Gives it back to the queue, where it waits as before: its model is loaded first.
+    fn put_back(&self) -> PyResult<()> {
+        self.job.get()?.put_back();
+        Ok(())
     }
 
     /// Gives the place of a job of `next` back: nobody works on it any more.

@@ -5,7 +5,7 @@
 //! | `runtime`, `event_loop`, `wake`, `bridge` | the tokio runtime, and how Python waits for it |
 //! | `errors`, `json`, `logs` | what crosses the border in passing |
 //! | `request`, `answer`, `metadata`, `fleet`, `events`, `config` | data, frozen |
-//! | `controller`, `stream`, `router`, `worker`, `job`, `openai`, `script`, `scripted` | what does something |
+//! | `controller`, `stream`, `router`, `worker`, `thread`, `job`, `openai`, `script`, `scripted` | what does something |
 //!
 //! The public face of all this is Python, in `python/mlx_serving_router`; `_native.pyi` describes it for type checkers.
 
@@ -28,6 +28,8 @@ mod runtime;
 mod script;
 mod scripted;
 mod stream;
+mod survey;
+mod thread;
 mod wake;
 mod worker;
 
@@ -74,6 +76,10 @@ mod _native {
     use super::scripted::{PyReceivedCancel, PyReceivedRequest, PyScriptedWorker};
     #[pymodule_export]
     use super::stream::{BlockingTokenStream, Next, PyTokenStream, TokenBatches};
+    #[pymodule_export]
+    use super::survey::survey;
+    #[pymodule_export]
+    use super::thread::PyThread;
     #[pymodule_export]
     use super::worker::PyWorker;
     use super::*;

@@ -1,25 +1,20 @@
-//! The worker's runtime for Python: what `WorkerNode` in `_worker.py` stands on, and the thread of an engine.
-//!
-//! The thread is Rust's own, so that it can be joined as the operating system understands it, with the interpreter
-//! released: an engine may take the interpreter once more while the thread's storage is destroyed.
+//! The worker's runtime for Python: what `WorkerNode` in `_worker.py` stands on.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Duration;
 
-use parking_lot::Mutex;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use tokio::sync::watch;
 
 use super::config::PyClusterConfig;
 use super::controller::{PyController, duration};
 use super::job::PyJobQueue;
 use super::runtime::{self, OfProcess};
+use super::thread::Thread;
 use super::{bridge, errors};
 use crate::error::ControllerError;
 use crate::wire::{Feature, WorkerId};
-use crate::worker::{Worker, WorkerOptions};
+use crate::worker::{ModelFiles, Worker, WorkerOptions};
 
 /// The worker of the core; `WorkerNode` is its public face.
 #[pyclass(frozen, module = "mlx_serving_router._native", name = "Worker")]
@@ -27,43 +22,15 @@ pub(super) struct PyWorker(OfProcess<Inner>);
 
 struct Inner {
     worker: Worker,
-    engine: Arc<EngineThread>,
-}
-
-/// The thread of an engine.
-#[derive(Default)]
-struct EngineThread {
-    handle: Mutex<Option<JoinHandle<()>>>,
-    /// `run` has returned; what is left is the thread's own end.
-    returned: watch::Sender<bool>,
-    /// What it raised.
-    error: Mutex<Option<PyErr>>,
-}
-
-// === impl EngineThread ===
-
-impl EngineThread {
-    /// Waits until the thread is gone. False: it is still there after this time.
-    async fn joined(self: Arc<Self>, limit: Duration) -> bool {
-        if self.handle.lock().is_none() {
-            return true;
-        }
-        let mut returned = self.returned.subscribe();
-        if tokio::time::timeout(limit, returned.wait_for(|returned| *returned)).await.is_err() {
-            return false;
-        }
-        let handle = self.handle.lock().take();
-        if let Some(handle) = handle {
-            let _ = tokio::task::spawn_blocking(move || handle.join()).await;
-        }
-        true
-    }
+    engine: Arc<Thread>,
 }
 
 #[pymethods]
 impl PyWorker {
     #[new]
-    #[pyo3(signature = (config, *, models, worker_id=None, max_concurrent=1, max_queue=64, features=Vec::new()))]
+    #[pyo3(signature = (config, *, models, worker_id=None, max_concurrent=1, max_queue=64, features=Vec::new(),
+        model_paths=BTreeMap::new(), total_model_size=0, last_scanned=None))]
+    #[expect(clippy::too_many_arguments, reason = "named arguments of Python")]
     fn new(
         py: Python<'_>,
         config: &Bound<'_, PyClusterConfig>,
@@ -72,13 +39,17 @@ impl PyWorker {
         max_concurrent: u32,
         max_queue: u32,
         features: Vec<String>,
+        model_paths: BTreeMap<String, String>,
+        total_model_size: u64,
+        last_scanned: Option<u64>,
     ) -> PyResult<Self> {
         runtime::current(py)?;
         let worker_id = worker_id.map(|id| WorkerId::new(id).map_err(|error| ControllerError::validation("worker_id", error)));
         let worker_id = errors::unwrap(py, worker_id.transpose())?;
         let features = features.iter().map(|name| feature(name)).collect::<Result<_, _>>();
         let features = errors::unwrap(py, features)?;
-        let options = WorkerOptions { worker_id, models, max_concurrent, max_queue, features };
+        let files = ModelFiles { paths: model_paths, size: total_model_size, last_scanned };
+        let options = WorkerOptions { worker_id, models, max_concurrent, max_queue, features, files };
         let worker = errors::unwrap(py, Worker::new(options, &config.get().0))?;
         Ok(Self(OfProcess::new("worker", Inner { worker, engine: Arc::default() })))
     }
@@ -118,29 +89,18 @@ impl PyWorker {
         // Made before the lock: an allocation may run the collector, and with it anything.
         let (jobs, thread) = (inner.worker.jobs(), inner.engine.clone());
         let queue = Py::new(py, PyJobQueue(OfProcess::new("job queue", jobs.clone())))?;
-        let mut handle = inner.engine.handle.lock();
-        if handle.is_some() || *inner.engine.returned.borrow() {
-            return Err(PyRuntimeError::new_err("an engine runs once"));
+        let run = engine.getattr(py, "run")?;
+        drop(engine);
+        let ended = move |words| jobs.engine_ended(words);
+        if thread.spawn("mlx-engine", move |py| run.call1(py, (queue,)).map(drop), ended)? {
+            return Ok(());
         }
-        let run = move || {
-            let words = Python::try_attach(|py| {
-                let result = engine.bind(py).call_method1("run", (queue,));
-                drop(engine);
-                let error = result.err()?;
-                let words = words(py, &error);
-                *thread.error.lock() = Some(error);
-                Some(words)
-            });
-            jobs.engine_ended(words.flatten());
-            thread.returned.send_replace(true);
-        };
-        *handle = Some(std::thread::Builder::new().name("mlx-engine".into()).spawn(run)?);
-        Ok(())
+        Err(PyRuntimeError::new_err("an engine runs once"))
     }
 
     /// What the engine raised; `None` where it raised nothing.
     fn engine_error(&self, py: Python<'_>) -> PyResult<Option<PyErr>> {
-        Ok(self.0.get()?.engine.error.lock().as_ref().map(|error| error.clone_ref(py)))
+        Ok(self.0.get()?.engine.error(py))
     }
 
     /// Waits, awaited, until the engine's thread is gone. False: it is still there after so many seconds.
@@ -229,13 +189,5 @@ pub(super) fn feature(name: &str) -> Result<Feature, ControllerError> {
             "features",
             format!("{other:?} is unknown; 'resume', 'cancel' and 'batch' are right"),
         )),
-    }
-}
-
-fn words(py: Python<'_>, error: &PyErr) -> String {
-    let kind = error.get_type(py).name().map_or_else(|_| "exception".to_owned(), |name| name.to_string());
-    match error.value(py).str() {
-        Ok(text) if !text.to_string_lossy().is_empty() => format!("{kind}: {}", text.to_string_lossy()),
-        _ => kind,
     }
 }

@@ -128,10 +128,11 @@ impl Transport for LocalHub {
         .boxed()
     }
 
-    fn cancel(&self, worker: &WorkerId, request_id: &str, attempt: u32) {
-        if let Some(port) = self.ports.lock().get(worker) {
+    fn cancel(&self, outgoing: &Outgoing, _mailbox: &Mailbox) {
+        if let Some(port) = self.ports.lock().get(&outgoing.worker) {
             // Full or gone: the worker stops at its deadline, or has stopped already.
-            let _ = port.try_send(LocalMessage::Cancel { request_id: request_id.to_owned(), attempt });
+            let request_id = outgoing.request.request_id.clone();
+            let _ = port.try_send(LocalMessage::Cancel { request_id, attempt: outgoing.attempt });
         }
     }
 }

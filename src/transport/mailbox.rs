@@ -33,6 +33,7 @@ pub enum Delivery {
 /// Where an attempt receives.
 #[derive(Debug)]
 pub struct Mailbox {
+    address: Option<String>,
     receiver: mpsc::Receiver<Delivery>,
     on_drop: OnDrop,
 }
@@ -54,7 +55,7 @@ pub(super) struct OnDrop(Option<Box<dyn FnOnce() + Send + Sync>>);
 pub fn mailbox() -> (Postbox, Mailbox) {
     let (sender, receiver) = mpsc::channel(CAPACITY + 1);
     let last = Arc::new(Mutex::new(sender.clone().try_reserve_owned().ok()));
-    (Postbox { sender, last }, Mailbox { receiver, on_drop: OnDrop::default() })
+    (Postbox { sender, last }, Mailbox { address: None, receiver, on_drop: OnDrop::default() })
 }
 
 // === impl Delivery ===
@@ -75,6 +76,19 @@ impl From<Result<Reply, Undecodable>> for Delivery {
 // === impl Mailbox ===
 
 impl Mailbox {
+    /// Gives it the name under which the worker answers.
+    #[must_use]
+    pub fn at(mut self, address: String) -> Self {
+        self.address = Some(address);
+        self
+    }
+
+    /// The name under which the worker answers, where the carrier has such names.
+    #[must_use]
+    pub fn address(&self) -> Option<&str> {
+        self.address.as_deref()
+    }
+
     /// Has something run when the mailbox is dropped: the carrier forgets it.
     #[must_use]
     pub fn on_drop(mut self, run: impl FnOnce() + Send + Sync + 'static) -> Self {

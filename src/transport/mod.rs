@@ -46,6 +46,7 @@ pub trait Transport: Send + Sync + 'static {
     /// nobody listens.
     fn send(&self, outgoing: Outgoing) -> BoxFuture<'_, Result<Mailbox, ControllerError>>;
 
-    /// Tells a worker to stop an attempt. Never waits and never fails: a worker that does not hear it stops at its deadline.
-    fn cancel(&self, worker: &WorkerId, request_id: &str, attempt: u32);
+    /// Tells the worker to stop an attempt that was sent, and whose replies come to this mailbox. Never waits and never
+    /// fails: a worker that does not hear it stops at its deadline.
+    fn cancel(&self, outgoing: &Outgoing, mailbox: &Mailbox);
 }

@@ -19,6 +19,9 @@ pub mod header {
     pub const TIMEOUT_MS: &str = "Timeout-Ms";
     /// The caller's W3C trace context.
     pub const TRACEPARENT: &str = "traceparent";
+    /// Of a cancellation: the subject for the replies to the attempt that it means. A request id may be used again, this is
+    /// not.
+    pub const REPLY_TO: &str = "Reply-To";
 }
 
 /// A question for a model. What is not set is left to the worker.

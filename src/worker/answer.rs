@@ -83,6 +83,14 @@ struct Gathered {
 // === impl Target ===
 
 impl Target {
+    /// The subject, where it is one.
+    pub(super) fn address(&self) -> Option<String> {
+        match self {
+            Self::Nats(asked) => asked.reply_to().map(str::to_owned),
+            Self::Local(_) => None,
+        }
+    }
+
     /// Sends the only message of a refused request.
     pub(super) async fn refuse(&self, request_id: &str, reply: Reply) {
         match self {

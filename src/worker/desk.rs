@@ -4,6 +4,10 @@
 //! `max_concurrent` are, and gives its place back the moment it ends; one that was handed to a task (`next`) and ends by
 //! another's word gives it back when the task lets go of it, so that what is cancelled and still winds up counts. It ends by the engine's word, by its
 //! deadline, by a cancellation, with its controller, or with the worker. The desk knows nothing of NATS and of engines.
+//! `refusal` says who is not taken, `holding` who waits until a model is loaded.
+
+mod holding;
+mod refusal;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -18,12 +22,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::answer::{Answer, Target};
 use super::board::Board;
-use super::cancels::Cancels;
+use super::cancels::{Cancellation, Cancels, Key};
 use super::liveness::Liveness;
 use super::outbox::Outbox;
 use super::tally::Tally;
 use crate::error::ControllerErrorCode;
 use crate::wire::{InferenceRequest, Priority, Reply};
+
+pub(super) use refusal::refused;
 
 /// How many attempts are held where the worker sets no limit of its own.
 const UNLIMITED: usize = 10_000;
@@ -46,22 +52,17 @@ pub(super) struct Attempt {
     pub(super) answer: Arc<Answer>,
     pub(super) token: CancellationToken,
     pub(super) arrived: Instant,
-    deadline: Instant,
+    /// None while its model is loaded: that time is not its own. Read and changed with the floor alone.
+    deadline: Mutex<Option<Instant>>,
     timeout: Duration,
+    /// When it was last handed out.
+    begun: Mutex<Option<Instant>>,
     place: Place,
     size: usize,
     /// It is one of those that run.
     runs: AtomicBool,
     /// An end by another's word does not take it out of those.
     pub(super) runs_on: AtomicBool,
-}
-
-/// What makes an attempt this one.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Key {
-    request_id: String,
-    attempt: u32,
-    controller: Arc<str>,
 }
 
 /// Where an attempt waits: the more important first, then the earlier.
@@ -112,6 +113,9 @@ struct Floor {
     cancels: Cancels,
     liveness: Liveness,
     tally: Tally,
+    /// Models on their way into memory.
+    loading: Vec<String>,
+    closed_to: Option<refusal::ClosedTo>,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -151,7 +155,7 @@ impl Desk {
     pub(super) fn take(&self, arrival: Arrival, target: Target) -> Intake {
         let Arrival { request, attempt, controller, timeout, size } = arrival;
         let now = Instant::now();
-        let key = Key { request_id: request.request_id.clone(), attempt, controller };
+        let key = Key { request_id: request.request_id.clone(), attempt, controller, reply_to: target.address() };
         let mut floor = self.floor.lock();
         floor.liveness.touch(&key.controller, now);
         if floor.live.contains_key(&key) {
@@ -171,8 +175,9 @@ impl Desk {
             answer,
             token: CancellationToken::new(),
             arrived: now,
-            deadline: now + timeout,
+            deadline: Mutex::default(),
             timeout,
+            begun: Mutex::default(),
             place,
             size,
             runs: AtomicBool::new(false),
@@ -181,7 +186,9 @@ impl Desk {
         let before = floor.waiting.range(..place).count();
         taken.answer.accept(u32::try_from(before).unwrap_or(u32::MAX));
         floor.held_bytes += size;
-        floor.deadlines.insert((taken.deadline, number), key.clone());
+        if !floor.is_loading(&taken.request.model_id) {
+            floor.start_clock(&taken, now);
+        }
         floor.waiting.insert(place, taken.clone());
         let first_to_pass = floor.deadlines.first_key_value().is_some_and(|(first, _)| first.1 == number);
         floor.live.insert(key, taken);
@@ -193,22 +200,13 @@ impl Desk {
         Intake::Taken
     }
 
-    /// Ends an attempt at its controller's word. `controller`: where the message says whose it is.
-    pub(super) fn cancel(&self, request_id: &str, attempt: u32, controller: Option<&str>) {
+    /// Ends an attempt at its controller's word.
+    pub(super) fn cancel(&self, cancellation: Cancellation) {
         let meant: Vec<_> = {
             let mut floor = self.floor.lock();
-            let is_meant = |key: &Key| {
-                key.request_id == request_id && key.attempt == attempt && controller.is_none_or(|name| *key.controller == *name)
-            };
-            let meant: Vec<_> = match controller {
-                Some(name) => {
-                    let key = Key { request_id: request_id.to_owned(), attempt, controller: name.into() };
-                    floor.live.get(&key).cloned().into_iter().collect()
-                }
-                None => floor.live.values().filter(|taken| is_meant(&taken.key)).cloned().collect(),
-            };
+            let meant = floor.meant_by(&cancellation);
             if meant.is_empty() {
-                floor.cancels.before_its_request(request_id, attempt, controller, Instant::now());
+                floor.cancels.before_its_request(cancellation, Instant::now());
             }
             meant
         };
@@ -255,10 +253,11 @@ impl Desk {
         if !taken.runs_on.load(Ordering::Relaxed) {
             floor.free(taken);
         }
-        floor.deadlines.remove(&(taken.deadline, taken.place.1));
+        floor.stop_clock(taken);
         floor.held_bytes -= taken.size;
-        floor.cancels.ended(&taken.key.request_id, taken.key.attempt);
-        floor.tally.ended(taken.arrived.elapsed(), tokens, served);
+        floor.cancels.ended(&taken.key);
+        let worked = taken.begun.lock().map(|begun| begun.elapsed());
+        floor.tally.ended(taken.arrived.elapsed(), worked, tokens, served);
         let empty = floor.live.is_empty();
         drop(floor);
         self.offer_work();
@@ -273,15 +272,18 @@ impl Desk {
         self.offer_work();
     }
 
-    /// The next attempt to work on, where there is one and a place for it.
+    /// The next attempt to work on, where there is one and a place for it. Those for a model that is being loaded wait on.
     fn pick(&self, floor: &mut Floor) -> Option<Arc<Attempt>> {
         let limit = self.limits.max_concurrent as usize;
         if floor.doors == Doors::Closed || (limit > 0 && floor.running >= limit) {
             return None;
         }
-        let (_, taken) = floor.waiting.pop_first()?;
+        let (place, _) = floor.waiting.iter().find(|(_, taken)| !floor.is_loading(&taken.request.model_id))?;
+        let place = *place;
+        let taken = floor.waiting.remove(&place)?;
         floor.running += 1;
         taken.runs.store(true, Ordering::Relaxed);
+        *taken.begun.lock() = Some(Instant::now());
         Some(taken)
     }
 
@@ -425,40 +427,6 @@ impl Desk {
         next
     }
 
-    fn refusal(&self, floor: &mut Floor, key: &Key, request: &InferenceRequest, size: usize, now: Instant) -> Option<Reply> {
-        let limit = match self.limits.max_concurrent {
-            0 => UNLIMITED,
-            most => most as usize + self.limits.max_queue as usize,
-        };
-        let retry = |floor: &Floor| millis(floor.tally.next_place(self.limits.max_concurrent));
-        if floor.cancels.was_before(&key.request_id, key.attempt, &key.controller, now) {
-            return Some(refused(ControllerErrorCode::Cancelled, "cancelled before it arrived".into(), None));
-        }
-        match floor.doors {
-            Doors::Open => {}
-            Doors::Draining(until) => {
-                let left = until.saturating_duration_since(now).max(Duration::from_secs(1));
-                return Some(refused(ControllerErrorCode::WorkerOverloaded, "the worker is draining".into(), Some(millis(left))));
-            }
-            Doors::Closed => return Some(refused(ControllerErrorCode::WorkerUnavailable, "the worker has stopped".into(), None)),
-        }
-        if let Err((field, why)) = check(request) {
-            return Some(refused(ControllerErrorCode::RequestValidationFailed, format!("{field}: {why}"), None));
-        }
-        if !self.limits.models.contains(&request.model_id) {
-            return Some(refused(ControllerErrorCode::ModelNotFound, "the worker does not serve this model".into(), None));
-        }
-        if floor.live.len() >= limit {
-            let message = format!("the worker has {} requests, which is all that it takes", floor.live.len());
-            return Some(refused(ControllerErrorCode::WorkerOverloaded, message, Some(retry(floor))));
-        }
-        if floor.held_bytes + size > HELD_BYTES {
-            let message = format!("the requests at the worker would have more than {HELD_BYTES} bytes together");
-            return Some(refused(ControllerErrorCode::WorkerOverloaded, message, Some(retry(floor))));
-        }
-        None
-    }
-
     fn offer_work(&self) {
         self.work.notify_one();
         self.work_async.notify_one();
@@ -468,10 +436,40 @@ impl Desk {
 // === impl Floor ===
 
 impl Floor {
+    /// The attempts that a cancellation means: one, where it says all that makes it this one.
+    fn meant_by(&self, cancellation: &Cancellation) -> Vec<Arc<Attempt>> {
+        let Cancellation { cancel, controller, reply_to } = cancellation;
+        if let Some(controller) = controller {
+            let (controller, reply_to) = (controller.clone(), reply_to.clone());
+            let key = Key { request_id: cancel.request_id.clone(), attempt: cancel.attempt, controller, reply_to };
+            if let Some(taken) = self.live.get(&key) {
+                return vec![taken.clone()];
+            }
+            if cancellation.reply_to.is_some() {
+                return Vec::new();
+            }
+        }
+        self.live.values().filter(|taken| cancellation.means(&taken.key)).cloned().collect()
+    }
+
     /// Takes an attempt out of those that run, once.
     fn free(&mut self, taken: &Attempt) {
         if taken.runs.swap(false, Ordering::Relaxed) {
             self.running -= 1;
+        }
+    }
+
+    /// Its time runs from now on.
+    fn start_clock(&mut self, taken: &Attempt, now: Instant) {
+        let at = now + taken.timeout;
+        *taken.deadline.lock() = Some(at);
+        self.deadlines.insert((at, taken.place.1), taken.key.clone());
+    }
+
+    /// Its time does not run.
+    fn stop_clock(&mut self, taken: &Attempt) {
+        if let Some(at) = taken.deadline.lock().take() {
+            self.deadlines.remove(&(at, taken.place.1));
         }
     }
 }
@@ -483,23 +481,4 @@ impl Attempt {
     pub(super) fn number(&self) -> u32 {
         self.key.attempt
     }
-}
-
-/// What the runtime itself needs; the rest is the engine's to judge.
-fn check(request: &InferenceRequest) -> Result<(), (&'static str, &'static str)> {
-    match (&request.prompt, &request.messages) {
-        _ if request.request_id.is_empty() => Err(("requestId", "is empty")),
-        (None, None) => Err(("messages", "give messages, or a prompt")),
-        (Some(_), Some(_)) => Err(("messages", "give either messages or prompt, not both")),
-        _ => Ok(()),
-    }
-}
-
-/// The answer to a request that is not taken.
-pub(super) fn refused(code: ControllerErrorCode, message: String, retry_after_ms: Option<i64>) -> Reply {
-    Reply::Error { message, code: Some(code.as_str().into()), retry_after_ms }
-}
-
-fn millis(time: Duration) -> i64 {
-    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }

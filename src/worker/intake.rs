@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::answer::Target;
+use super::cancels::Cancellation;
 use super::desk::{Arrival, Desk, Intake, refused};
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::nats::{Asked, Incoming, Subscription, WorkerService};
@@ -55,13 +56,16 @@ pub(super) async fn from_port(desk: Arc<Desk>, mut port: LocalPort) {
                 let arrival = Arrival { request, attempt, controller: controller_id, timeout, size: 0 };
                 settle(desk.take(arrival, Target::Local(postbox)), &request_id).await;
             }
-            LocalMessage::Cancel { request_id, attempt } => desk.cancel(&request_id, attempt, name.as_deref()),
+            LocalMessage::Cancel { request_id, attempt } => {
+                let cancel = Cancel { request_id, attempt };
+                desk.cancel(Cancellation { cancel, controller: name.clone(), reply_to: None });
+            }
         }
     }
 }
 
 async fn take(desk: &Desk, asked: Asked, unsaid: Duration) {
-    if !asked.has_reply() {
+    if asked.reply_to().is_none() {
         tracing::debug!("a request without a subject for its answer is dropped");
         return;
     }
@@ -118,8 +122,8 @@ fn number(asked: &Asked, name: &str) -> Result<Option<u64>, ControllerError> {
 }
 
 fn cancel(desk: &Desk, message: &Incoming) {
-    match serde_json::from_slice::<Cancel>(&message.payload) {
-        Ok(cancel) => desk.cancel(&cancel.request_id, cancel.attempt, message.header(header::CONTROLLER_ID)),
-        Err(_) => tracing::debug!("a cancellation that cannot be read is dropped"),
+    match Cancellation::read(message) {
+        Some(cancellation) => desk.cancel(cancellation),
+        None => tracing::debug!("a cancellation that cannot be read is dropped"),
     }
 }

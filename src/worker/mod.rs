@@ -27,5 +27,5 @@ pub mod scripted;
 mod tally;
 
 pub use job::{Job, JobQueue, Piece};
-pub use options::WorkerOptions;
+pub use options::{ModelFiles, WorkerOptions};
 pub use runtime::{Worker, WorkerState};

@@ -1,5 +1,7 @@
 //! What a worker is set to, checked before anything starts.
 
+use std::collections::BTreeMap;
+
 use crate::config::{NatsConfig, NatsMode, ServerUrls};
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::wire::{Feature, WorkerId};
@@ -17,6 +19,19 @@ pub struct WorkerOptions {
     pub max_queue: u32,
     /// What it can do beyond answering; `cancel` is the runtime's own and always among them.
     pub features: Vec<Feature>,
+    /// Where the models lie; for people to read, in the registration.
+    pub files: ModelFiles,
+}
+
+/// The files of a worker's models.
+#[derive(Clone, Debug, Default)]
+pub struct ModelFiles {
+    /// Of the models that lie on this machine, by name.
+    pub paths: BTreeMap<String, String>,
+    /// Their size together, in bytes.
+    pub size: u64,
+    /// When they were looked for, in milliseconds since the epoch; now where it is none.
+    pub last_scanned: Option<u64>,
 }
 
 /// The models, each once.

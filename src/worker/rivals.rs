@@ -41,7 +41,10 @@ impl Rivals {
     ///
     /// The longer of two clocks: a monotonic one may stand still while a machine sleeps, the wall clock may be set back.
     pub(super) fn age(&mut self) -> Duration {
-        let (instant, epoch) = *self.first.get_or_insert_with(|| (Instant::now(), epoch_ms()));
+        let Some((instant, epoch)) = self.first else {
+            self.first = Some((Instant::now(), epoch_ms()));
+            return Duration::ZERO;
+        };
         instant.elapsed().max(Duration::from_millis(epoch_ms().saturating_sub(epoch)))
     }
 

@@ -91,7 +91,7 @@ impl Worker {
     /// # Errors
     /// REQUEST_VALIDATION_FAILED: no model, or an unsuitable name of one.
     pub fn new(options: WorkerOptions, config: &ClusterConfig) -> Result<Self, ControllerError> {
-        let WorkerOptions { worker_id, models, max_concurrent, max_queue, mut features } = options;
+        let WorkerOptions { worker_id, models, max_concurrent, max_queue, mut features, files } = options;
         let models = options::models(models)?;
         let hostname = machine::host_name();
         let id = worker_id.unwrap_or_else(|| machine::default_worker_id(&hostname));
@@ -106,7 +106,12 @@ impl Worker {
             hostname,
             ip: String::new(),
             port: 0,
-            skills: Skills { available_models: models.clone(), last_scanned: epoch_ms(), ..Skills::default() },
+            skills: Skills {
+                available_models: models.clone(),
+                model_paths: files.paths,
+                total_model_size: files.size,
+                last_scanned: files.last_scanned.unwrap_or_else(epoch_ms),
+            },
             capacity: Capacity { max_concurrent, max_queue, memory_gb: machine::total_memory() },
             features,
             status: WorkerStatus::Online,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,3 +53,12 @@ def tiny_workers(nats: NatsServer, tiny_prefix: str) -> Iterator[list[WorkerProc
     yield workers
     for worker in workers:
         worker.close()
+
+
+@pytest.fixture
+def closed() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

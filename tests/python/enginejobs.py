@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pytest
 
     from mlx_serving_router.engine import Engine
+    from mlx_serving_router.mlx._batch import Batch
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-model" / "model"
 SECRET = "open sesame"  # what an error may quote, and nobody else
@@ -46,7 +47,7 @@ UNSET: dict[str, Any] = dict.fromkeys(
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeJob:
     """Records what the engine does with a job; `on_token` runs on the engine's thread after each piece."""
 
@@ -57,6 +58,7 @@ class FakeJob:
     pieces: list[tuple[str, list[int]]] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     end: SimpleNamespace | None = None
+    queue: FakeQueue | None = None
 
     def token(
         self,
@@ -77,6 +79,11 @@ class FakeJob:
     def error(self, code: str, message: str, *, retry_after_ms: int | None = None) -> None:
         assert self.end is None
         self.end = SimpleNamespace(code=code, message=message, retry_after_ms=retry_after_ms)
+
+    def put_back(self) -> None:
+        assert self.end is None
+        assert self.queue is not None
+        self.queue.put(self)
 
     @property
     def text(self) -> str:
@@ -101,6 +108,45 @@ def break_at(monkeypatch: pytest.MonkeyPatch, request_id: str, place: int) -> No
     monkeypatch.setattr(Answer, "push", broken)
 
 
+class Steps:
+    """The steps of engines of this process: counted as they begin, and held up where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mlx_serving_router.mlx._batch import Batch
+
+        step, self.count = Batch.step, 0
+        self._go, self._held = threading.Event(), threading.Event()
+        self._go.set()
+
+        def counted(batch: Batch) -> None:
+            if not self._go.is_set():
+                self._held.set()
+                assert self._go.wait(PATIENCE)
+            self.count += 1
+            self._batch = batch
+            step(batch)
+
+        self._batch: Batch | None = None
+        monkeypatch.setattr(Batch, "step", counted)
+
+    def delivered(self) -> dict[str, int]:
+        """How many tokens of each running request were handed to the runtime; while steps are held up."""
+        answers = () if self._batch is None else self._batch._answers.values()
+        return {
+            answer.job.request.request_id: answer.generated - len(answer._undelivered) for answer in answers
+        }
+
+    def hold(self) -> None:
+        """Let no further step begin; returns when the one that runs is over."""
+        self._held.clear()
+        self._go.clear()
+        assert self._held.wait(PATIENCE), "no step begins"
+
+    def go_on(self) -> None:
+        """Undo `hold`."""
+        self._go.set()
+
+
 class FakeQueue:
     """A JobQueue that knows when the engine has nothing left to do."""
 
@@ -112,15 +158,34 @@ class FakeQueue:
         self.reports: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
         self.cached_prefixes: list[str] = []
         self.ready = threading.Event()
+        self.refused: list[str | None] = []
 
     def get(self, timeout: float | None = None) -> FakeJob | None:
         with self._changed:
-            if timeout is None:
+            if timeout != 0:
                 self._idle = not self._jobs
                 self._changed.notify_all()
-                assert self._changed.wait_for(lambda: self._jobs or self.closed, PATIENCE), "nobody asks"
+                patience = PATIENCE if timeout is None else timeout
+                came = self._changed.wait_for(lambda: self._next() or self.closed, patience)
+                assert came or timeout is not None, "nobody asks"
                 self._idle = False
-            return self._jobs.popleft() if self._jobs else None
+            if (job := self._next()) is not None:
+                self._jobs.remove(job)
+            self._changed.notify_all()
+            return job
+
+    def _next(self) -> FakeJob | None:
+        loading = self.reports[-1][2] if self.reports else ()
+        return next((job for job in self._jobs if job.request.model_id not in loading), None)
+
+    @property
+    def waiting_models(self) -> list[str]:
+        with self._changed:
+            return sorted({job.request.model_id for job in self._jobs})
+
+    def refuse(self, up_to: str | None, message: str = "") -> None:
+        assert message
+        self.refused.append(up_to)
 
     def deliver(self, pieces: list[tuple[FakeJob, str, list[int], Any]]) -> None:
         for job, text, token_ids, logprobs in pieces:
@@ -129,9 +194,20 @@ class FakeQueue:
 
     def put(self, *jobs: FakeJob) -> None:
         with self._changed:
+            for job in jobs:
+                job.queue = self
             self._jobs.extend(jobs)
             self._idle = False
             self._changed.notify_all()
+
+    def wait_for(self, *jobs: FakeJob) -> None:
+        """Wait until these have ended."""
+        self.wait_until(lambda: all(job.end is not None for job in jobs))
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Wait until the engine has brought something about: it is looked for whenever it asks for work."""
+        with self._changed:
+            assert self._changed.wait_for(condition, PATIENCE), "the engine does not bring it about"
 
     def wait(self) -> None:
         with self._changed:

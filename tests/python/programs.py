@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "tiny-model" / "model"
@@ -95,6 +97,18 @@ def cli(*arguments: str | Path, scratch: Path, **environment: str) -> Program:
     with program(*command, scratch=scratch, **environment) as started:
         started.ends()
     return started
+
+
+def load(path: Path) -> ModuleType:
+    """The module of an example, freshly made."""
+    name = f"{path.parent.name}_{path.stem}".replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def left_behind(marker: Path) -> list[str]:

@@ -268,6 +268,7 @@ class RawWorker:
         incarnation: str | None = None,
         clock_offset_ms: int = 0,
         listens: bool = True,
+        reconnect_wait: float = 0.02,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.url = url
@@ -281,6 +282,7 @@ class RawWorker:
         self.features = list(features)
         self.clock_offset_ms = clock_offset_ms
         self.listens = listens
+        self.reconnect_wait = reconnect_wait
         self.obeys = True
         self.beats = True
         self.phase = "ready"
@@ -318,7 +320,7 @@ class RawWorker:
         self.client = await nats.connect(
             self.url,
             name=self.worker_id,
-            reconnect_time_wait=0.02,  # type: ignore[arg-type]
+            reconnect_time_wait=self.reconnect_wait,  # type: ignore[arg-type]
             max_reconnect_attempts=-1,
             error_cb=self._ignore,
         )

@@ -60,26 +60,52 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     del sys.modules["report"]
 
 
-@pytest.mark.model
-@pytest.mark.nats
-@pytest.mark.slow
-def test_the_workers_benchmark_compares_both_sides() -> None:
+def _of_worker(name: str, *options: str) -> str:
+    """What a benchmark of workers with the tiny model prints."""
     pytest.importorskip("mlx_lm")
-    command = [
-        sys.executable,
-        "-B",
-        str(_ROOT / "benches" / "worker.py"),
-        "--rounds=1",
-        "--requests=8",
-        "--tokens=4",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True)
+    command = [sys.executable, "-B", str(_ROOT / "benches" / f"{name}.py"), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=280, check=True)
+    return done.stdout
+
+
+def _with_workers(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that runs a benchmark of workers."""
+    return pytest.mark.model(pytest.mark.nats(pytest.mark.slow(pytest.mark.timeout(300)(test))))
+
+
+@_with_workers
+def test_the_workers_benchmark_compares_both_sides() -> None:
+    printed = _of_worker("worker", "--rounds=1", "--requests=8", "--tokens=4")
     assert re.search(
         r"round 1: direct \d+ tokens/s, through \d+ tokens/s, alone \d+ tokens/s, server \d+ tokens/s",
-        done.stdout,
+        printed,
     )
-    assert re.search(r"\d\.\d\d of BatchGenerator driven directly", done.stdout)
-    assert not done.stderr
+
+
+@_with_workers
+def test_the_benchmark_of_turns_compares_affinity_with_none() -> None:
+    printed = _of_worker("turns", "--rounds=1", "--sessions=1")
+    assert re.search(r"[\d.]+ of the time to first token at random, with affinity", printed)
+    assert re.search(r"[\d.]+ of that of another worker, on its own, after 1[56]\d\d tokens", printed)
+
+
+@_with_workers
+def test_the_benchmark_of_liveness_listens_and_cancels() -> None:
+    printed = _of_worker("liveness", "--seconds=1.2", "--cancels=2")
+    for what in ("at rest", "while 16 requests generate", "while models load"):
+        assert re.search(rf"heartbeats, {what}: [1-9]", printed)
+    assert "cancelled in prefill: 2 requests" in printed
+
+
+@_with_workers
+def test_a_small_soak_answers_rightly_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Whether memory is flat takes thousands of requests, and is left to the whole one."""
+    kept = tmp_path / "soak.json"
+    printed = _of_worker("soak", "--requests=300", "--growth=1000", f"--output={kept}")
+    assert "wrong answers: 0; left behind: 0" in printed
+    soak = json.loads(kept.read_text(encoding="utf-8"))
+    assert set(soak["ends"]) == {"answered", "left"}
+    assert soak["samples"][-1]["requests"] == 300
 
 
 # === the sums ===

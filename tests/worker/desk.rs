@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use mlx_serving_router::config::ClusterConfig;
-use mlx_serving_router::transport::Transport;
 use mlx_serving_router::wire::{Json, Phase, Priority, Reply, Usage};
 use mlx_serving_router::worker::{Worker, WorkerState};
 
@@ -155,9 +154,9 @@ async fn a_cancellation_ends_it_at_once_and_the_engine_is_told() {
     let mut mailbox = local.ask_stream("r").await;
     accepted(&mut mailbox).await;
     let job = local.job().await;
-    local.hub.cancel(local.worker.id(), "r", 2);
+    local.cancel("r", 2);
     assert!(silent(&mut mailbox).await, "another attempt was meant");
-    local.hub.cancel(local.worker.id(), "r", 1);
+    local.cancel("r", 1);
     assert_eq!(error(&mut mailbox).await.0, "CANCELLED");
     assert!(job.cancelled().is_cancelled());
     job.error("WORKER_UNAVAILABLE", "late", None);
@@ -171,7 +170,7 @@ async fn what_was_handed_to_a_task_keeps_its_place_until_the_task_lets_go() {
     let _mailboxes = [local.ask_stream("a").await, local.ask_stream("b").await, local.ask_stream("c").await];
     let jobs = local.worker.jobs();
     let a = local.job().await;
-    local.hub.cancel(local.worker.id(), "a", 1);
+    local.cancel("a", 1);
     a.cancelled().cancelled().await;
     assert!(tokio::time::timeout(Duration::from_secs(1), jobs.next()).await.is_err(), "it is still being worked on");
     a.let_go();
@@ -186,7 +185,7 @@ async fn what_was_handed_to_a_task_keeps_its_place_until_the_task_lets_go() {
 async fn a_cancellation_that_overtook_its_request_strikes_it() {
     let local = Local::start(1, 4).await;
     local.ask_stream("other").await;
-    local.hub.cancel(local.worker.id(), "r", 1);
+    local.cancel("r", 1);
     assert_eq!(error(&mut local.ask_stream("r").await).await.0, "CANCELLED");
     let mut again = local.ask_stream("r").await;
     accepted(&mut again).await;

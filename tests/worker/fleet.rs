@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use mlx_serving_router::config::{ClusterConfig, NatsMode, ServerUrls};
 use mlx_serving_router::transport::nats::{NatsConnection, NatsTransport, Subscription};
-use mlx_serving_router::transport::{Mailbox, Outgoing, Transport};
-use mlx_serving_router::wire::{InferenceRequest, Phase};
+use mlx_serving_router::transport::{Mailbox, Transport};
+use mlx_serving_router::wire::{InferenceRequest, Phase, WorkerId};
 use mlx_serving_router::worker::Worker;
 use serde_json::Value;
 
 use super::server::Server;
-use super::{PATIENCE, options};
+use super::{PATIENCE, options, outgoing, request};
 
 /// A fleet's controller, played by the test.
 pub struct Fleet {
@@ -59,15 +59,12 @@ impl Fleet {
     }
 
     pub async fn ask(&self, worker: &Worker, request: InferenceRequest) -> Mailbox {
-        let outgoing = Outgoing {
-            worker: worker.id().clone(),
-            request: request.into(),
-            attempt: 1,
-            timeout: Duration::from_secs(60),
-            traceparent: None,
-            older: false,
-        };
-        self.transport.send(outgoing).await.unwrap()
+        self.transport.send(outgoing(worker.id(), request, 1, Duration::from_secs(60))).await.unwrap()
+    }
+
+    /// The end of interest in the request of this name whose replies come to the mailbox.
+    pub fn cancel(&self, worker: &WorkerId, id: &str, mailbox: &Mailbox) {
+        self.transport.cancel(&outgoing(worker, request(id, true), 1, Duration::ZERO), mailbox);
     }
 
     pub async fn say(&self, subject: &str, body: Value) {

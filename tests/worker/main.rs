@@ -5,6 +5,7 @@
 
 mod desk;
 mod fleet;
+mod holding;
 mod nats;
 mod outages;
 mod scripted;
@@ -14,9 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mlx_serving_router::config::ClusterConfig;
-use mlx_serving_router::transport::{Delivery, LocalHub, Mailbox, Outgoing, Transport};
+use mlx_serving_router::transport::{Delivery, LocalHub, Mailbox, Outgoing, Transport, mailbox};
 use mlx_serving_router::wire::{Finish, InferenceRequest, Phase, Reply, WorkerId};
-use mlx_serving_router::worker::{Job, Worker, WorkerOptions};
+use mlx_serving_router::worker::{Job, ModelFiles, Worker, WorkerOptions};
 
 /// Within which anything here must have happened.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -28,6 +29,7 @@ fn options(id: &str, max_concurrent: u32, max_queue: u32) -> WorkerOptions {
         max_concurrent,
         max_queue,
         features: Vec::new(),
+        files: ModelFiles::default(),
     }
 }
 
@@ -41,6 +43,10 @@ fn request(id: &str, stream: bool) -> InferenceRequest {
     }
 }
 
+fn outgoing(worker: &WorkerId, request: InferenceRequest, attempt: u32, timeout: Duration) -> Outgoing {
+    Outgoing { worker: worker.clone(), request: Arc::new(request), attempt, timeout, traceparent: None, older: false }
+}
+
 /// A worker of this process and the controller's end of its port.
 struct Local {
     worker: Worker,
@@ -49,7 +55,11 @@ struct Local {
 
 impl Local {
     async fn start(max_concurrent: u32, max_queue: u32) -> Self {
-        let worker = Worker::new(options("w", max_concurrent, max_queue), &ClusterConfig::default()).unwrap();
+        Self::with(options("w", max_concurrent, max_queue)).await
+    }
+
+    async fn with(options: WorkerOptions) -> Self {
+        let worker = Worker::new(options, &ClusterConfig::default()).unwrap();
         let hub = LocalHub::new("c".into());
         worker.jobs().report(Phase::Ready, vec!["tiny".into()], Vec::new());
         worker.start_local(hub.attach(worker.id()).unwrap()).await.unwrap();
@@ -57,15 +67,11 @@ impl Local {
     }
 
     async fn ask(&self, request: InferenceRequest, attempt: u32, timeout: Duration) -> Mailbox {
-        let outgoing = Outgoing {
-            worker: self.worker.id().clone(),
-            request: Arc::new(request),
-            attempt,
-            timeout,
-            traceparent: None,
-            older: false,
-        };
-        self.hub.send(outgoing).await.unwrap()
+        self.hub.send(outgoing(self.worker.id(), request, attempt, timeout)).await.unwrap()
+    }
+
+    fn cancel(&self, id: &str, attempt: u32) {
+        self.hub.cancel(&outgoing(self.worker.id(), request(id, true), attempt, Duration::ZERO), &mailbox().1);
     }
 
     async fn ask_stream(&self, id: &str) -> Mailbox {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use mlx_serving_router::config::{NatsMode, ServerUrls};
-use mlx_serving_router::transport::Transport;
-use mlx_serving_router::wire::{Phase, Reply};
+use mlx_serving_router::transport::mailbox;
+use mlx_serving_router::wire::{Phase, Reply, WorkerId};
 use mlx_serving_router::worker::WorkerState;
 use serde_json::{Value, json};
 
@@ -92,7 +92,7 @@ async fn a_cancellation_and_a_body_that_is_none_are_answered() {
     let job = tokio::time::timeout(PATIENCE, worker.jobs().next()).await.unwrap().unwrap();
     fleet.say("cancel.w", json!({"requestId": "r", "attempt": 2})).await;
     assert!(silent(&mut mailbox).await);
-    fleet.transport.cancel(worker.id(), "r", 1);
+    fleet.cancel(worker.id(), "r", &mailbox);
     assert_eq!(error(&mut mailbox).await.0, "CANCELLED");
     assert!(job.cancelled().is_cancelled());
 
@@ -241,8 +241,43 @@ async fn a_cancellation_while_the_connection_is_down_is_told_afterwards() {
     let mut link = fleet.connection.link();
     drop(leaving);
     link.wait_for(|link| !link.connected).await.unwrap();
-    fleet.transport.cancel(worker.id(), "r", 1);
+    fleet.cancel(worker.id(), "r", &mailbox);
     tokio::time::timeout(PATIENCE, job.cancelled().cancelled()).await.expect("the worker hears of it");
+    worker.stop(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_cancellation_that_nobody_heard_is_sent_again_and_one_that_was_heard_is_not() {
+    let server = server!();
+    let fleet = Fleet::of(&server, 60_000).await;
+    let id = WorkerId::new("w").unwrap();
+    fleet.cancel(&id, "r", &mailbox().1);
+    // A round trip later the server has dropped it.
+    fleet.connection.flush().await.unwrap();
+    let mut cancels = fleet.connection.subscribe("p.cancel.w".into()).await.unwrap();
+    assert_eq!(message(&mut cancels).await, json!({"requestId": "r", "attempt": 1}));
+    assert!(tokio::time::timeout(Duration::from_millis(200), cancels.next()).await.is_err());
+}
+
+#[tokio::test]
+async fn a_cancellation_strikes_no_other_request_of_its_name() {
+    let server = server!();
+    let mut fleet = Fleet::of(&server, 5000).await;
+    let worker = fleet.started("w").await;
+    let mut first = fleet.ask(&worker, request("r", true)).await;
+    accepted(&mut first).await;
+    let mut second = fleet.ask(&worker, request("r", true)).await;
+    accepted(&mut second).await;
+    fleet.cancel(worker.id(), "r", &first);
+    assert_eq!(error(&mut first).await.0, "CANCELLED");
+    assert!(silent(&mut second).await);
+    // The same once more, where the one that it means is over.
+    fleet.cancel(worker.id(), "r", &first);
+    assert!(silent(&mut second).await);
+    let mut third = fleet.ask(&worker, request("r", true)).await;
+    accepted(&mut third).await;
+    fleet.cancel(worker.id(), "r", &third);
+    assert_eq!(error(&mut third).await.0, "CANCELLED");
     worker.stop(Duration::ZERO).await;
 }
 

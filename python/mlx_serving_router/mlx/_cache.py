@@ -119,6 +119,11 @@ class PromptCaches:
         while self._nbytes > nbytes:
             self._drop(*next(iter(self._entries)))
 
+    def forget(self, model: str) -> None:
+        """Drop those of a model."""
+        for key in list(self._keys.get(model, ())):
+            self._drop(model, key)
+
     def prefixes(self, most: int) -> list[str]:
         """What is told of the caches: the longest prefix of each, those used last first, then the shorter ones."""
         entries = [entry.prefixes for entry in reversed(self._entries.values()) if entry.prefixes]

@@ -1,9 +1,8 @@
-"""`MlxEngine`: jobs in, answers out, on one thread.
+"""`MlxEngine`: what serves models with mlx-lm, as programs make it.
 
-Promises that everything of mlx happens on the thread that calls `MlxEngine.run` (mlx's streams belong to a thread),
-that requests join and leave between steps, that one which fails harms no other, and that prompts and answers are
-never logged. Refuses to know where jobs come from: that is the worker's runtime (`mlx_serving_router.engine` has the
-protocol).
+Promises that everything of mlx happens on the thread that calls `MlxEngine.run` and on those on which it loads models
+(mlx's streams belong to a thread), and that prompts and answers are never logged. Refuses to know where jobs come from:
+that is the worker's runtime (`mlx_serving_router.engine` has the protocol).
 """
 
 from __future__ import annotations
@@ -11,25 +10,19 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
-from mlx_serving_router.mlx._answer import Answer, fail
-from mlx_serving_router.mlx._batch import Batch
-from mlx_serving_router.mlx._cache import PromptCaches
-from mlx_serving_router.mlx._models import Models, named
-from mlx_serving_router.mlx._outgoing import Outgoing
-from mlx_serving_router.mlx._prompt import prompt_tokens
-from mlx_serving_router.mlx._request import InvalidRequestError, Parameters
+from mlx_serving_router.mlx._memory import Memory
+from mlx_serving_router.mlx._models import folder_of, named, size_of
+from mlx_serving_router.mlx._scan import scan_folder, scan_hugging_face_cache
+from mlx_serving_router.mlx._service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from mlx_serving_router.engine import EnginePhase, Job, JobQueue
-    from mlx_serving_router.mlx._models import LoadedModel, Location
-
-#: Seconds between two reports of what the caches hold, while there is work; and how many hashes a heartbeat has.
-_TELL_EVERY: Final = 1.0
-_MOST_PREFIXES: Final = 256
+    from mlx_serving_router.engine import JobQueue
+    from mlx_serving_router.mlx._models import Location
+    from mlx_serving_router.mlx._scan import FoundModel
 
 
 class MlxEngine:
@@ -49,21 +42,37 @@ class MlxEngine:
     hands on that one alone; nothing forces a model to call. Calls are read by mlx-lm's parser for the model. Where
     it has none, they come back as the text that the model wrote.
 
+    A model that is not in memory is loaded when a request asks for it, beside the answers of others; where there is no
+    room, the one used least recently that has no requests makes it. One that cannot be loaded is answered as
+    MODEL_LOAD_FAILED, and tried again after a pause of 5 seconds, which doubles up to 5 minutes. docs/models.md tells
+    more.
+
     Args:
         models: Names and where the models are: `{"tiny": "examples/tiny-model/model"}`. Each place is a
             folder, or the id of a model on the Hugging Face Hub
-            (`"mlx-community/Llama-3.2-3B-Instruct-4bit"`), which is fetched at the start. Given one place or
+            (`"mlx-community/Llama-3.2-3B-Instruct-4bit"`), which is fetched when it is loaded. Given one place or
             a sequence of them, a folder is named after its last component and a model of the Hub by its id.
+        models_dir: A folder of models, served beside those: each by its path below it.
+        hf_cache: Whether the models in the local cache of the Hugging Face Hub are served beside those, by their ids.
         max_concurrent: Requests that are answered at a time.
         max_tokens: Limit of an answer whose request sets none.
         prefill_step_size: Tokens of prompts computed at a time; between them every running answer gets its
             next token, and the engine looks for cancellations. Smaller: a long prompt holds up the others less;
             larger: it is computed faster.
         prompt_cache_bytes: Memory for what was computed for earlier prompts; 0 keeps nothing.
+        memory_soft_bytes: Memory in use beyond which prompt caches and idle models are given up and requests of low
+            priority refused, as WORKER_OVERLOADED. `None`: 85 % of what the machine has for models.
+        memory_hard_bytes: Memory in use beyond which all requests are refused. `None`: 95 %.
+        measure_memory: Gives the bytes in use. `None`: the arrays of mlx on a GPU, else the memory of the process.
+        pre_warm: Names of models to load at the start. `None`: those of `models`.
+        register_when: When the worker joins the fleet: `"complete"`, when each of these is loaded or has failed, or
+            `"warming"`, at once; requests for a model that is still being loaded wait for it.
+        load_timeout: Seconds after which loading a model counts as failed; `None`: never.
 
     Raises:
         ImportError: mlx or mlx-lm is missing.
-        ValueError: No model, an empty name, two models of one name, or a number out of range.
+        ValueError: No model, an empty name, two models of one name, a folder that is not there, a name in `pre_warm`
+            that is none of the models', or a number out of range.
     """
 
     features: Final = ("batch", "resume")
@@ -71,14 +80,23 @@ class MlxEngine:
 
     def __init__(
         self,
-        models: Mapping[str, Location] | Sequence[Location] | Location,
+        models: Mapping[str, Location] | Sequence[Location] | Location | None = None,
         *,
+        models_dir: str | os.PathLike[str] | None = None,
+        hf_cache: bool = False,
         max_concurrent: int = 16,
         max_tokens: int = 512,
         prefill_step_size: int = 512,
         prompt_cache_bytes: int = 2 * 1024**3,
+        memory_soft_bytes: int | None = None,
+        memory_hard_bytes: int | None = None,
+        measure_memory: Callable[[], int] | None = None,
+        pre_warm: Sequence[str] | None = None,
+        register_when: Literal["complete", "warming"] = "complete",
+        load_timeout: float | None = None,
     ) -> None:
-        self._locations = named(models)
+        searched = models_dir is not None or hf_cache
+        given = {} if models is None and searched else named(() if models is None else models)
         for name, value, least in (
             ("max_concurrent", max_concurrent, 1),
             ("max_tokens", max_tokens, 1),
@@ -87,24 +105,52 @@ class MlxEngine:
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; a number of at least {least} is right")
+        if register_when not in ("complete", "warming"):
+            raise ValueError(f"register_when is {register_when!r}; 'complete' or 'warming' is right")
+        if load_timeout is not None and not load_timeout > 0:
+            raise ValueError(f"load_timeout is {load_timeout}; a number above 0, or None, is right")
         self._max_concurrent = max_concurrent
         self._max_tokens = max_tokens
         self._prefill_step_size = prefill_step_size
         self._prompt_cache_bytes = prompt_cache_bytes
-        self._phase: EnginePhase | None = None
-        try:
-            for module in ("mlx.core", "mlx_lm"):
-                importlib.import_module(module)
-        except ImportError as error:
-            raise ImportError(
-                f"MlxEngine needs mlx and mlx-lm ({error}): pip install 'mlx-serving-router[mlx]'",
-                name=error.name,
-            ) from error
+        self._register_when = register_when
+        self._load_timeout = load_timeout
+        self._service: Service | None = None
+        _check_installed()
+        found = _found(models_dir, hf_cache=hf_cache)
+        self._locations: dict[str, Location] = {model.name: model.path for model in found} | given
+        if not self._locations:
+            where = [os.fspath(models_dir)] if models_dir is not None else []
+            where += ["the Hugging Face cache"] if hf_cache else []
+            raise ValueError(f"there is no model that mlx-lm can load in {' and '.join(where)}")
+        self._pre_warm = tuple(given if pre_warm is None else pre_warm)
+        unknown = [name for name in self._pre_warm if name not in self._locations]
+        if unknown:
+            raise ValueError(f"pre_warm names {unknown[0]!r}; the models are {', '.join(self._locations)}")
+        self._memory = Memory(memory_soft_bytes, memory_hard_bytes, measure_memory)
+        folders = {name: folder_of(location) for name, location in self._locations.items()}
+        self._folders = {name: at for name, at in folders.items() if at is not None and at.is_dir()}
+        self._last_scanned = time.time_ns() // 1_000_000
 
     @property
     def models(self) -> tuple[str, ...]:
         """The names under which requests ask for the models."""
         return tuple(self._locations)
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        """Where the models lie, by name: those that are on this machine."""
+        return {name: os.fspath(folder.absolute()) for name, folder in self._folders.items()}
+
+    @property
+    def total_model_size(self) -> int:
+        """Bytes of the files of those models together."""
+        return sum(map(size_of, set(self._folders.values())))
+
+    @property
+    def last_scanned(self) -> int:
+        """When they were looked for, in milliseconds since the epoch."""
+        return self._last_scanned
 
     @property
     def max_concurrent(self) -> int:
@@ -115,7 +161,7 @@ class MlxEngine:
         """Load the models, answer jobs until the queue is closed, free everything: all on the calling thread.
 
         Raises:
-            ModelLoadError: A model is missing or broken. Nothing stays loaded.
+            ModelLoadError: Each of the models was to be loaded at the start, and none can be. Nothing stays loaded.
         """
         import mlx.core as mx
         from mlx_lm.utils import maybe_set_recommended_wired_limit
@@ -125,25 +171,21 @@ class MlxEngine:
             mx.disable_compile()
         mx.random.seed(int.from_bytes(os.urandom(8), "big"))
         wired_limit = maybe_set_recommended_wired_limit()
-        models = Models(self._locations)
-        service = _Service(
+        self._service = Service(
             jobs,
-            models,
+            self._locations,
+            self._memory,
             max_concurrent=self._max_concurrent,
             max_tokens=self._max_tokens,
             prefill_step_size=self._prefill_step_size,
             prompt_cache_bytes=self._prompt_cache_bytes,
+            load_timeout=self._load_timeout,
         )
         try:
-            self._phase = "loading"
-            for _ in models.load_all():
-                jobs.report("loading", loaded_models=models.loaded, loading_models=models.missing)
-            self._phase = "ready"
-            service.serve()
+            self._service.serve(self._pre_warm, ready_at_once=self._register_when == "warming")
         finally:
-            self._phase = None
-            service.close()
-            models.close()
+            self._service.close()
+            self._service = None
             mx.synchronize()
             mx.clear_cache()
             if wired_limit is not None:
@@ -151,105 +193,23 @@ class MlxEngine:
 
     def __repr__(self) -> str:
         places = {name: os.fspath(location) for name, location in self._locations.items()}
-        return f"MlxEngine({places!r}, max_tokens={self._max_tokens}, phase={self._phase!r})"
+        service = self._service
+        phase = None if service is None else service.phase
+        return f"MlxEngine({places!r}, max_tokens={self._max_tokens}, phase={phase!r})"
 
 
-class _Service:
-    """The life of an engine between its models being loaded and its queue being closed."""
+def _check_installed() -> None:
+    try:
+        for module in ("mlx.core", "mlx_lm"):
+            importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"MlxEngine needs mlx and mlx-lm ({error}): pip install 'mlx-serving-router[mlx]'",
+            name=error.name,
+        ) from error
 
-    def __init__(
-        self,
-        jobs: JobQueue,
-        models: Models,
-        *,
-        max_concurrent: int,
-        max_tokens: int,
-        prefill_step_size: int,
-        prompt_cache_bytes: int,
-    ) -> None:
-        self._jobs = jobs
-        self._models = models
-        self._max_concurrent = max_concurrent
-        self._max_tokens = max_tokens
-        self._prefill_step_size = prefill_step_size
-        self._caches = PromptCaches(prompt_cache_bytes)
-        self._outgoing = Outgoing(jobs)
-        self._batches: dict[str, Batch] = {}
-        self._told = (-1, 0.0)  # the caches that were told of last, and when
 
-    def serve(self) -> None:
-        """Steps, one after the other: who is gone leaves, who waits joins, everybody gets on by a token."""
-        active = 0
-        while active > 0 or not self._jobs.closed:
-            self._tell(at_once=active == 0)
-            # Without work it waits here; with some it only looks.
-            while (
-                active < self._max_concurrent
-                and (job := self._jobs.get(None if active == 0 else 0)) is not None
-            ):
-                self._admit(job)
-                del job  # a job is over when nobody holds it; the next one may be long in coming
-                active = sum(map(len, self._batches.values()))
-            for batch in self._batches.values():
-                batch.step()
-                batch.drop_cancelled()
-            active = sum(map(len, self._batches.values()))
-
-    def close(self) -> None:
-        """Let go of everything that was computed."""
-        for batch in self._batches.values():
-            batch.close()
-        self._batches.clear()
-        self._caches.shrink(0)
-
-    def _tell(self, *, at_once: bool) -> None:
-        """Report what the caches hold, where that has changed: now, or as often as heartbeats are worth it."""
-        version, when = self._told
-        if version == self._caches.version or not (at_once or time.monotonic() - when > _TELL_EVERY):
-            return
-        self._told = (self._caches.version, time.monotonic())
-        self._jobs.report(
-            "ready",
-            loaded_models=self._models.loaded,
-            loading_models=self._models.missing,
-            cached_prefixes=self._caches.prefixes(_MOST_PREFIXES),
-        )
-
-    def _admit(self, job: Job) -> None:
-        """Let a job join. Whatever goes wrong ends this job alone."""
-        if job.cancelled:
-            return
-        model = self._models.get(job.request.model_id)
-        if model is None:
-            job.error("MODEL_NOT_FOUND", f"this worker serves {', '.join(self._models.loaded)}")
-            return
-        try:
-            answer = self._answer(job, model)
-        except InvalidRequestError as error:
-            job.error("REQUEST_VALIDATION_FAILED", str(error))
-            return
-        except Exception as error:  # noqa: BLE001 - a tokenizer or template may raise anything
-            # Its words may quote the prompt.
-            fail(job, error, type(error).__name__)
-            return
-        if answer.begin():
-            self._batch(model).add(answer)
-        else:
-            self._outgoing.flush()
-
-    def _answer(self, job: Job, model: LoadedModel) -> Answer:
-        parameters = Parameters.from_request(
-            job.request, default_max_tokens=self._max_tokens, vocabulary=model.vocabulary
-        )
-        return Answer(job, model, prompt_tokens(model, job.request), parameters, self._outgoing)
-
-    def _batch(self, model: LoadedModel) -> Batch:
-        if model.name not in self._batches:
-            self._batches[model.name] = Batch(
-                model,
-                self._caches,
-                self._outgoing,
-                size=self._max_concurrent,
-                prefill_step_size=self._prefill_step_size,
-            )
-        return self._batches[model.name]
+def _found(models_dir: str | os.PathLike[str] | None, *, hf_cache: bool) -> list[FoundModel]:
+    """The models on this machine; those of the folder last, so that they win over others of their name."""
+    found = scan_hugging_face_cache() if hf_cache else []
+    return found + (scan_folder(models_dir) if models_dir is not None else [])

@@ -1,7 +1,8 @@
-"""The models of an engine: where they are, and what is in memory.
+"""Models: where they are, and how one comes into memory.
 
-Promises that a model which is loaded has computed a token and can be batched, and that one which cannot be loaded is
-refused with what to do about it. Knows nothing about requests; the engine's thread alone calls it.
+Promises that a model which is loaded has computed a token, can be batched and holds nothing that is still to be
+computed, so that another thread than the one that loaded it may use it; and that one which cannot be loaded is refused
+with what to do about it. Knows nothing about requests, nor who is loaded when (`_residency`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +22,17 @@ logger = logging.getLogger("mlx_serving_router.mlx")
 
 Location: TypeAlias = str | os.PathLike[str]
 
+WEIGHTS: Final = "model*.safetensors"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class ModelLoadError(RuntimeError):
-    """A model could not be loaded, so the engine cannot start.
+    """A model cannot be loaded.
 
     Attributes:
         model: The name it was to be served under.
         location: The folder or Hugging Face id.
+        reason: Why it cannot be loaded.
         missing: Files that a model folder must have and this one has not.
     """
 
@@ -37,47 +40,8 @@ class ModelLoadError(RuntimeError):
         super().__init__(f"cannot load model {model!r} from {location}: {reason}")
         self.model = model
         self.location = location
+        self.reason = reason
         self.missing = tuple(missing)
-
-
-class Models:
-    """The models of one engine. Who is loaded when is decided here and nowhere else.
-
-    Args:
-        locations: Names, and where the models are.
-    """
-
-    def __init__(self, locations: Mapping[str, Location]) -> None:
-        self._locations = dict(locations)
-        self._loaded: dict[str, LoadedModel] = {}
-
-    @property
-    def loaded(self) -> tuple[str, ...]:
-        """The names of those that can answer at once."""
-        return tuple(self._loaded)
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """The names of the others."""
-        return tuple(name for name in self._locations if name not in self._loaded)
-
-    def load_all(self) -> Iterator[str]:
-        """Load what is missing, a model for each name that it gives; the name comes before the loading.
-
-        Raises:
-            ModelLoadError: A model is missing or broken.
-        """
-        for name in self.missing:
-            yield name
-            self._loaded[name] = LoadedModel.load(name, self._locations[name])
-
-    def get(self, name: str) -> LoadedModel | None:
-        """A loaded model."""
-        return self._loaded.get(name)
-
-    def close(self) -> None:
-        """Let go of all of them."""
-        self._loaded.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +77,7 @@ class LoadedModel:
         try:
             model, tokenizer, config = mlx_lm.load(place, return_config=True)
             vocabulary = _logits_of_one_token(model)
+            evaluate(model)
         except Exception as error:
             if is_hub_id(location):
                 reason = f"no such folder, and the Hugging Face Hub did not give it ({_describe(error)})"
@@ -140,6 +105,20 @@ def _logits_of_one_token(model: Any) -> int:
     logits = model(mx.array([[0]]), cache=make_prompt_cache(model))
     mx.eval(logits)
     return int(logits.shape[-1])
+
+
+def evaluate(model: Any) -> None:
+    """Compute what a model holds beside its parameters, such as frequencies of positions.
+
+    An array that is still to be computed belongs to the thread that made it.
+    """
+    import mlx.core as mx
+    from mlx.nn import Module
+    from mlx.utils import tree_flatten
+
+    held = [value for module in model.modules() for value in (*module.values(), *vars(module).values())]
+    leaves: list[Any] = tree_flatten(held, is_leaf=lambda value: isinstance(value, Module))
+    mx.eval([leaf for _, leaf in leaves if isinstance(leaf, mx.array)])
 
 
 def _check_batching(name: str, location: Location, model: Any) -> None:
@@ -197,6 +176,21 @@ def is_hub_id(location: Location) -> bool:
     )
 
 
+def folder_of(location: Location) -> Path | None:
+    """Where a model lies on this machine; `None` where it is still to be fetched."""
+    if not is_hub_id(location):
+        return Path(location).expanduser()
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(os.fspath(location), "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def size_of(folder: Path, pattern: str = "*") -> int:
+    """Bytes of the files of a model; of the weights alone, with `WEIGHTS`: about what it takes in memory."""
+    return sum(file.stat().st_size for file in folder.glob(pattern) if file.is_file())
+
+
 def check_folder(name: str, folder: Path) -> None:
     """Refuse, with what to do, a folder that mlx-lm would refuse with an error about something else.
 
@@ -212,7 +206,7 @@ def check_folder(name: str, folder: Path) -> None:
         raise refuse("it is not a folder" if folder.exists() else "there is no such folder")
     needed = {
         "config.json": ("config.json",),
-        "model.safetensors": ("model*.safetensors",),
+        "model.safetensors": (WEIGHTS,),
         "tokenizer.json": ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*"),
     }
     missing = [

@@ -10,16 +10,17 @@ requests) and put together::
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from mlx_serving_router._errors import ControllerErrorCode
 from mlx_serving_router._native import Script
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mlx_serving_router._errors import ControllerErrorCode
-
 __all__ = ["answer", "babble", "die", "every", "fail", "refuse", "say", "stall"]
+
+_CODES: Final = frozenset(map(str, ControllerErrorCode))
 
 
 def answer(
@@ -92,8 +93,10 @@ def fail(
         accept: Whether the request is accepted first.
 
     Raises:
-        ValueError: A number is out of range, or the code is empty.
+        ValueError: A number is out of range, the code is empty, or it is a code of ours in small letters.
     """
+    if code is not None and code not in _CODES and code.upper() in _CODES:
+        raise ValueError(f"code is {code!r}; did you mean {code.upper()!r}?")
     return Script.fail(
         code,
         message,

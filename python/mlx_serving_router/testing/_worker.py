@@ -57,6 +57,17 @@ class ScriptedWorker:
         ValueError: A number is out of range; or both a controller and a configuration are given.
     """
 
+    # A name that is mistyped is an error: `worker.scirpt = stall()` would change nothing.
+    __slots__ = (
+        "__weakref__",
+        "_controller",
+        "_heartbeats",
+        "_known_to",
+        "_native",
+        "_obeys_cancels",
+        "_script",
+    )
+
     def __init__(
         self,
         script: Script | None = None,

@@ -81,7 +81,7 @@ impl Transport for HttpTransport {
     }
 
     /// The connection says it: it is closed when the mailbox is.
-    fn cancel(&self, _worker: &WorkerId, _request_id: &str, _attempt: u32) {}
+    fn cancel(&self, _outgoing: &Outgoing, _mailbox: &Mailbox) {}
 }
 
 impl std::fmt::Debug for HttpTransport {

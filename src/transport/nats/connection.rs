@@ -159,20 +159,6 @@ impl NatsConnection {
         self.client.publish(subject, payload).await.map_err(|error| lost(&error))
     }
 
-    /// Publishes a message with headers.
-    ///
-    /// # Errors
-    /// As [`Self::publish`].
-    pub(super) async fn publish_with_headers(
-        &self,
-        subject: String,
-        headers: HeaderMap,
-        payload: Bytes,
-    ) -> Result<(), ControllerError> {
-        self.ready_for(payload.len() + HEADERS)?;
-        self.client.publish_with_headers(subject, headers, payload).await.map_err(|error| lost(&error))
-    }
-
     /// Publishes a message with headers and a subject for answers.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use slab::Slab;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 
 use super::connection::{Incoming, NatsConnection, Subscription};
 use crate::error::{ControllerError, ControllerErrorCode};
@@ -29,10 +29,14 @@ pub(super) struct Inbox {
     echoed: Notify,
     /// The last echo that was asked for did not come in time.
     silent: AtomicBool,
+    /// Takes the numbers of cancellations that nobody heard.
+    unheard: mpsc::Sender<u64>,
 }
 
 /// Where echoes come back: no attempt's subject is called so.
 const ECHO: &str = "echo";
+/// Where the server says that nobody heard a cancellation, whose number follows.
+const CANCELLATION: &str = "cancel-";
 
 #[derive(Debug)]
 struct Entry {
@@ -44,7 +48,10 @@ struct Entry {
 
 impl Inbox {
     /// Subscribes to a new inbox.
-    pub(super) async fn open(connection: &NatsConnection) -> Result<(Arc<Self>, Subscription), ControllerError> {
+    pub(super) async fn open(
+        connection: &NatsConnection,
+        unheard: mpsc::Sender<u64>,
+    ) -> Result<(Arc<Self>, Subscription), ControllerError> {
         let prefix = format!("{}.", connection.client().new_inbox());
         let subscription = connection.subscribe(format!("{prefix}*")).await?;
         let inbox = Self {
@@ -54,6 +61,7 @@ impl Inbox {
             late: AtomicU64::new(0),
             echoed: Notify::new(),
             silent: AtomicBool::new(false),
+            unheard,
         };
         Ok((Arc::new(inbox), subscription))
     }
@@ -62,6 +70,11 @@ impl Inbox {
     pub(super) fn enter(self: &Arc<Self>) -> (String, Mailbox) {
         let (slot, generation, _, mailbox) = self.open_entry();
         (format!("{}{slot}-{generation}", self.prefix), mailbox)
+    }
+
+    /// Where the server says that nobody heard a cancellation.
+    pub(super) fn of_cancellation(&self, number: u64) -> String {
+        format!("{}{CANCELLATION}{number}", self.prefix)
     }
 
     /// A new entry whose replies come another way: the way into its mailbox, and the mailbox.
@@ -121,6 +134,13 @@ impl Inbox {
         if message.subject.strip_prefix(&self.prefix) == Some(ECHO) {
             self.silent.store(false, Ordering::Relaxed);
             self.echoed.notify_one();
+            return;
+        }
+        if let Some(number) = message.subject.strip_prefix(&self.prefix).and_then(|rest| rest.strip_prefix(CANCELLATION)) {
+            // A worker may answer a cancellation here; that is of no interest.
+            if let (true, Ok(number)) = (message.no_responders(), number.parse()) {
+                let _ = self.unheard.try_send(number);
+            }
             return;
         }
         let Some(postbox) = self.find(&message.subject) else {

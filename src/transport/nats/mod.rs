@@ -2,10 +2,12 @@
 //!
 //! Nothing is published while the connection is down, so nothing runs later for a caller long gone.
 
+mod cancels;
 mod connection;
 mod inbox;
 mod older;
 mod service;
+mod survey;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,28 +16,25 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
+use cancels::Cancels;
 pub use connection::{Incoming, Link, NatsConnection, Subscription};
 use inbox::Inbox;
 pub use service::{Asked, WorkerService};
+pub use survey::{ServerFacts, Sighting, Survey, survey};
 
 use super::{Mailbox, Outgoing, Transport};
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::wire::{Cancel, WorkerId, header, subject};
+use crate::wire::{header, subject};
 
-/// How many cancellations wait to be published; beyond it they are left to the workers' own deadlines.
-const CANCEL_CAPACITY: usize = 4096;
 /// How often an echo is asked of the server while attempts wait, and how long it may take: together less than the default of
 /// `acceptTimeoutMs`, so that a link that swallows everything is known before workers seem to be silent.
 const ECHO_EVERY: Duration = Duration::from_millis(500);
 const ECHO_LIMIT: Duration = Duration::from_secs(1);
 /// A trace context has 55 characters in its first version, and may have more in later ones.
 const TRACEPARENT_LONGEST: usize = 256;
-/// How soon one that did not go out is tried again, once the connection seems to be there.
-const CANCEL_RETRY: Duration = Duration::from_millis(5);
 
 /// The carrier between one controller and the workers that listen on NATS.
 #[derive(Debug)]
@@ -43,7 +42,7 @@ pub struct NatsTransport {
     connection: NatsConnection,
     controller_id: Arc<str>,
     inbox: Arc<Inbox>,
-    cancels: mpsc::Sender<(WorkerId, Cancel)>,
+    cancels: Cancels,
     grace: Duration,
     _tasks: Vec<AbortOnDropHandle<()>>,
 }
@@ -59,12 +58,13 @@ impl NatsTransport {
     /// # Errors
     /// NATS_ERROR: the connection is closed.
     pub async fn open(connection: NatsConnection, controller_id: Arc<str>, grace: Duration) -> Result<Self, ControllerError> {
-        let (inbox, subscription) = Inbox::open(&connection).await?;
-        let (cancels, queued) = mpsc::channel(CANCEL_CAPACITY);
+        let (unheard, news) = cancels::unheard();
+        let (inbox, subscription) = Inbox::open(&connection, unheard).await?;
+        let (cancels, publisher) = Cancels::new(connection.clone(), &controller_id, inbox.clone(), news)?;
         let grace = if connection.servers() > 1 { grace } else { Duration::ZERO };
         let tasks = [
             tokio::spawn(Arc::clone(&inbox).run(subscription)),
-            tokio::spawn(publish_cancels(connection.clone(), controller_id.clone(), queued)),
+            tokio::spawn(publisher),
             tokio::spawn(watch_link(connection.clone(), Arc::clone(&inbox), grace)),
             tokio::spawn(feel_pulse(connection.clone(), Arc::clone(&inbox))),
         ];
@@ -103,6 +103,7 @@ impl NatsTransport {
             headers.insert(header::TRACEPARENT, value);
         }
         let (reply, mailbox) = self.inbox.enter();
+        let mailbox = mailbox.at(reply.clone());
         let to = subject::inference(self.connection.prefix(), &outgoing.worker);
         self.connection.publish_request(to, reply, headers, Bytes::from(payload)).await?;
         Ok(mailbox)
@@ -123,33 +124,8 @@ impl Transport for NatsTransport {
         self.publish(outgoing).boxed()
     }
 
-    fn cancel(&self, worker: &WorkerId, request_id: &str, attempt: u32) {
-        let cancel = Cancel { request_id: request_id.to_owned(), attempt };
-        // Full: the worker stops at its deadline.
-        let _ = self.cancels.try_send((worker.clone(), cancel));
-    }
-}
-
-/// Says whose attempt is meant: two controllers may have requests of one name at one worker. While the connection is down
-/// cancellations wait: a request that had left before, or goes out late, would run for nobody afterwards.
-async fn publish_cancels(connection: NatsConnection, controller_id: Arc<str>, mut queued: mpsc::Receiver<(WorkerId, Cancel)>) {
-    while let Some((worker, cancel)) = queued.recv().await {
-        let Ok(payload) = serde_json::to_vec(&cancel) else { continue };
-        let mut headers = HeaderMap::new();
-        if let Ok(name) = header_value(&controller_id) {
-            headers.insert(header::CONTROLLER_ID, name);
-        }
-        let (to, payload) = (subject::cancel(connection.prefix(), &worker), Bytes::from(payload));
-        while let Err(error) = connection.publish_with_headers(to.clone(), headers.clone(), payload.clone()).await {
-            if error.code() != ControllerErrorCode::NatsError {
-                break;
-            }
-            if connection.link().wait_for(|link| link.connected).await.is_err() {
-                return;
-            }
-            // The link's news may be older than the loss.
-            tokio::time::sleep(CANCEL_RETRY).await;
-        }
+    fn cancel(&self, outgoing: &Outgoing, mailbox: &Mailbox) {
+        self.cancels.send(outgoing, mailbox);
     }
 }
 

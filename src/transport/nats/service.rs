@@ -93,10 +93,10 @@ impl Asked {
         &self.request.message.payload
     }
 
-    /// Whether an answer can be given.
+    /// The subject of the answer.
     #[must_use]
-    pub fn has_reply(&self) -> bool {
-        self.request.message.reply.is_some()
+    pub fn reply_to(&self) -> Option<&str> {
+        self.request.message.reply.as_deref()
     }
 
     /// The largest message of an answer, in bytes.
@@ -121,7 +121,7 @@ impl Asked {
     /// # Errors
     /// As [`Self::answer`].
     pub async fn finish(&self, payload: Bytes) -> Result<(), ControllerError> {
-        if !self.has_reply() {
+        if self.reply_to().is_none() {
             return Ok(());
         }
         self.connection.ready_for(payload.len())?;

@@ -8,12 +8,12 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::performance::Said;
-use super::record::Cancelled;
 use crate::config::NatsConfig;
 use crate::error::{ControllerError, ControllerErrorCode, epoch_ms};
 use crate::transport::nats::{Incoming, Link, NatsConnection, Subscription};
 use crate::transport::{Delivery, LocalMessage, LocalNews, LocalPort, Postbox};
 use crate::wire::{Cancel, Deregistration, Heartbeat, InferenceRequest, Registration, Reply, WorkerId, header, subject};
+use crate::worker::cancels::Cancellation;
 use crate::worker::membership::publish;
 
 /// How long an attempt may take that does not say.
@@ -30,8 +30,8 @@ pub(super) enum Event {
     Request(Arrival),
     /// A request that cannot be read.
     Unreadable(Way),
-    /// The end of interest in one, and whose.
-    Cancel(Cancelled, Option<String>),
+    /// The end of interest in one.
+    Cancel(Cancellation),
     /// Somebody wants to know who is there.
     Call,
 }
@@ -116,8 +116,9 @@ impl Line {
                         return Some(Event::Request(Arrival { request, attempt, controller_id: asks, timeout, way }));
                     }
                     LocalMessage::Cancel { request_id, attempt } => {
-                        let whose = controller_id.as_deref().map(str::to_owned);
-                        return Some(Event::Cancel(Cancelled { request_id, attempt }, whose));
+                        let cancel = Cancel { request_id, attempt };
+                        let controller = controller_id.clone();
+                        return Some(Event::Cancel(Cancellation { cancel, controller, reply_to: None }));
                     }
                 }
             },
@@ -246,14 +247,20 @@ fn read(connection: &NatsConnection, message: Incoming) -> Option<Event> {
 }
 
 fn cancelled(message: &Incoming) -> Option<Event> {
-    let Cancel { request_id, attempt } = serde_json::from_slice(&message.payload).ok()?;
-    let whose = message.header(header::CONTROLLER_ID).map(str::to_owned);
-    Some(Event::Cancel(Cancelled { request_id, attempt }, whose))
+    Cancellation::read(message).map(Event::Cancel)
 }
 
 // === impl Way ===
 
 impl Way {
+    /// The subject, where it is one.
+    pub(super) fn address(&self) -> Option<&str> {
+        match self {
+            Self::Nats { subject, .. } => Some(subject),
+            Self::Local(_) => None,
+        }
+    }
+
     /// Sends a message; one that does not go out is lost. Where nobody takes them off, it waits for room.
     pub(super) async fn send(&self, request_id: &str, said: Said) {
         match self {

@@ -8,7 +8,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::wire::InferenceRequest;
+use crate::wire::{Cancel, InferenceRequest};
+use crate::worker::cancels::{Cancellation, Key};
 
 /// How many requests, and how many cancellations, are remembered.
 const CAPACITY: usize = 1000;
@@ -63,9 +64,7 @@ struct Pages {
 
 #[derive(Debug)]
 struct Running {
-    request_id: String,
-    attempt: u32,
-    controller_id: Arc<str>,
+    key: Key,
     cancelled: CancellationToken,
 }
 
@@ -98,7 +97,7 @@ impl Record {
 
     /// The ids of what it works on, oldest first.
     pub(super) fn running_ids(&self) -> Vec<String> {
-        self.pages.lock().running.values().map(|running| running.request_id.clone()).collect()
+        self.pages.lock().running.values().map(|running| running.key.request_id.clone()).collect()
     }
 
     /// A request came.
@@ -108,18 +107,18 @@ impl Record {
     }
 
     /// It is worked on.
-    pub(super) fn begin(self: &Arc<Self>, received: &Received) -> InWork {
+    pub(super) fn begin(self: &Arc<Self>, received: &Received, reply_to: Option<&str>) -> InWork {
         let cancelled = CancellationToken::new();
         let mut pages = self.pages.lock();
         pages.serial += 1;
         let serial = pages.serial;
-        let running = Running {
+        let key = Key {
             request_id: received.request.request_id.clone(),
             attempt: received.attempt,
-            controller_id: received.controller_id.clone(),
-            cancelled: cancelled.clone(),
+            controller: received.controller_id.clone(),
+            reply_to: reply_to.map(str::to_owned),
         };
-        pages.running.insert(serial, running);
+        pages.running.insert(serial, Running { key, cancelled: cancelled.clone() });
         self.counts.send_modify(|counts| counts.in_flight = pages.running.len());
         InWork { record: self.clone(), serial, cancelled }
     }
@@ -130,19 +129,14 @@ impl Record {
     }
 
     /// A cancellation came; `obeys`: the request that it means ends.
-    pub(super) fn cancelled(&self, cancel: Cancelled, controller_id: Option<&str>, obeys: bool) {
+    pub(super) fn cancelled(&self, cancellation: &Cancellation, obeys: bool) {
         let mut pages = self.pages.lock();
         if obeys {
-            for running in pages.running.values() {
-                let is_meant = running.request_id == cancel.request_id
-                    && running.attempt == cancel.attempt
-                    && controller_id.is_none_or(|id| id == &*running.controller_id);
-                if is_meant {
-                    running.cancelled.cancel();
-                }
-            }
+            let meant = pages.running.values().filter(|running| cancellation.means(&running.key));
+            meant.for_each(|running| running.cancelled.cancel());
         }
-        keep(&mut pages.cancels, cancel);
+        let Cancel { request_id, attempt } = cancellation.cancel.clone();
+        keep(&mut pages.cancels, Cancelled { request_id, attempt });
         drop(pages);
         self.counts.send_modify(|counts| counts.cancels += 1);
     }
@@ -175,8 +169,9 @@ mod tests {
         Received { request: Arc::new(request), attempt: 1, controller_id: "c".into(), timeout: Duration::ZERO }
     }
 
-    fn cancel(id: &str) -> Cancelled {
-        Cancelled { request_id: id.into(), attempt: 1 }
+    fn cancel(id: &str, controller: Option<&str>) -> Cancellation {
+        let cancel = Cancel { request_id: id.into(), attempt: 1 };
+        Cancellation { cancel, controller: controller.map(Into::into), reply_to: None }
     }
 
     #[test]
@@ -184,7 +179,7 @@ mod tests {
         let record = Record::default();
         for number in 0..CAPACITY + 5 {
             record.received(received(&number.to_string()));
-            record.cancelled(cancel(&number.to_string()), None, true);
+            record.cancelled(&cancel(&number.to_string(), None), true);
         }
         let (requests, cancels) = (record.requests(), record.cancels());
         assert_eq!((requests.len(), &*requests[0].request.request_id), (CAPACITY, "5"));
@@ -196,11 +191,11 @@ mod tests {
     #[test]
     fn a_cancellation_ends_what_it_means_and_nothing_else() {
         let record = Arc::new(Record::default());
-        let (one, two) = (record.begin(&received("one")), record.begin(&received("two")));
-        record.cancelled(cancel("one"), Some("another"), true);
-        record.cancelled(cancel("two"), Some("c"), false);
+        let (one, two) = (record.begin(&received("one"), None), record.begin(&received("two"), None));
+        record.cancelled(&cancel("one", Some("another")), true);
+        record.cancelled(&cancel("two", Some("c")), false);
         assert!(!one.cancelled.is_cancelled() && !two.cancelled.is_cancelled());
-        record.cancelled(cancel("one"), Some("c"), true);
+        record.cancelled(&cancel("one", Some("c")), true);
         assert!(one.cancelled.is_cancelled() && !two.cancelled.is_cancelled());
         drop(one);
         assert_eq!((record.in_flight(), record.running_ids()), (1, vec!["two".to_owned()]));

@@ -163,9 +163,7 @@ impl Stage {
             Event::Unreadable(way) => {
                 way.send("", refusal(ControllerErrorCode::RequestValidationFailed, "the request cannot be read")).await;
             }
-            Event::Cancel(cancel, whose) => {
-                self.shared.record.cancelled(cancel, whose.as_deref(), self.shared.obeys.load(Ordering::Relaxed));
-            }
+            Event::Cancel(cancellation) => self.shared.record.cancelled(&cancellation, self.shared.obeys.load(Ordering::Relaxed)),
             // Not registered now: its next heartbeat has it called again.
             Event::Call if self.draining => {}
             Event::Call => {
@@ -190,7 +188,7 @@ impl Stage {
             return;
         }
         let plan = self.shared.prompter.lock().next();
-        let in_work = self.shared.record.begin(&received);
+        let in_work = self.shared.record.begin(&received, way.address());
         self.performances.spawn(perform(self.shared.clone(), plan, received, way, in_work, self.deaths.clone()));
     }
 

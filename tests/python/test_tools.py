@@ -1,0 +1,332 @@
+"""The commands that look at a fleet or use it: against real servers, and in a terminal where they want one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import TYPE_CHECKING
+
+import pytest
+
+pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+
+from typer.testing import CliRunner
+
+from mlx_serving_router import ClusterConfig, WorkerNode
+from mlx_serving_router.cli import app
+from mlx_serving_router.testing import ANSWER, TestCluster, answer, fail, stall
+from programs import MODEL
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from click.testing import Result
+
+    from mlx_serving_router import InferenceRequest
+    from mlx_serving_router.nats_server import NatsServer
+
+ROUTER = (sys.executable, "-B", "-m", "mlx_serving_router")
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=stdin, env={"COLUMNS": "120"})
+
+
+@pytest.fixture
+def cluster() -> Iterator[TestCluster]:
+    with TestCluster(2, transport="local") as cluster:
+        yield cluster
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.written = ""
+        self._ours, theirs = pty.openpty()
+        environment = {**os.environ, "COLUMNS": "120", "LINES": "40", "TERM": "xterm"}
+        self.process = subprocess.Popen(
+            [*ROUTER, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True,
+            start_new_session=True, preexec_fn=_controls_its_terminal,  # noqa: PLW1509 one thread here
+        )  # fmt: skip
+        os.close(theirs)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def until(self, *words: str, seconds: float = 20) -> str:
+        """Everything that was written since the last look, once all of these are in it."""
+        deadline, new = time.monotonic() + seconds, ""
+        while not all(word in new for word in words):
+            left = deadline - time.monotonic()
+            assert left > 0, f"{words} did not come: {self.written}"
+            if select.select([self._ours], [], [], left)[0]:
+                try:
+                    read = os.read(self._ours, 65536).decode(errors="replace")
+                except OSError:  # its end has gone
+                    read = ""
+                assert read, f"it ended before {words}: {self.written}"
+                new += read
+                self.written += read
+        return new
+
+
+def _controls_its_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+# === chat ===
+
+
+def test_a_question_is_answered_with_nothing_but_the_answer(cluster: TestCluster) -> None:
+    told = run("chat", "--url", cluster.api_url, "Hello", "there")
+    assert (told.exit_code, told.output) == (0, f"{ANSWER}\n")
+    asked = [request for worker in cluster.workers for request in worker.requests]
+    assert asked[0].request.messages == [{"role": "user", "content": "Hello there"}]
+
+
+def test_a_question_may_come_on_standard_input_with_all_that_a_model_is_told(cluster: TestCluster) -> None:
+    options = ("--system", "Be short.", "--max-tokens", "7", "--temperature", "0.5", "--model", "tiny")
+    told = run("chat", "--url", f"{cluster.api_url}/v1/", *options, stdin="Hello?\n")
+    assert (told.exit_code, told.output) == (0, f"{ANSWER}\n")
+    (asked,) = [received.request for worker in cluster.workers for received in worker.requests]
+    assert asked.messages == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hello?"},
+    ]
+    assert (asked.max_tokens, asked.temperature) == (7, 0.5)
+
+
+def test_chat_tells_what_is_wrong(cluster: TestCluster, closed: int) -> None:
+    nobody = run("chat", "--url", f"http://127.0.0.1:{closed}", "Hello")
+    assert nobody.exit_code == 1
+    assert "nobody answers at" in nobody.output
+    assert "--url" in nobody.output
+    assert "MODEL_NOT_FOUND" in run("chat", "--url", cluster.api_url, "-m", "huge", "Hello").output
+    for worker in cluster.workers:
+        worker.script = fail()
+    failed = run("chat", "--url", cluster.api_url, "Hello")
+    assert failed.exit_code == 1
+    assert "ALL_RETRIES_EXHAUSTED" in failed.output or "NO_WORKERS_AVAILABLE" in failed.output
+    assert "no question" in run("chat", "--url", cluster.api_url, stdin="").output
+
+
+def test_a_conversation_in_a_terminal(cluster: TestCluster) -> None:
+    with Terminal("chat", "--url", cluster.api_url) as terminal:
+        terminal.until("tiny at", "/new", "> ")
+        terminal.type("Hello\n")
+        assert "tokens" in terminal.until(ANSWER, "first token after", "> ")
+        for worker in cluster.workers:
+            worker.script = stall(after_tokens=2)
+        terminal.type("And now?\n")
+        terminal.until("Hello")
+        terminal.type("\x03")  # Ctrl-C
+        terminal.until("stopped", "> ")
+        for worker in cluster.workers:
+            worker.script = answer("Fine.")
+        terminal.type("Once more\n")
+        terminal.until("Fine.", "> ")
+        terminal.type("\x04")  # the end of input
+        assert terminal.process.wait(10) == 0
+    (busy,) = [worker for worker in cluster.workers if worker.requests]
+    assert len(busy.cancels) == 1, "Ctrl-C reached the worker"
+    contents = [message["content"] for message in busy.requests[-1].request.messages]
+    assert contents[:3] == ["Hello", ANSWER, "And now?"]
+    assert contents[-1] == "Once more"
+    assert len({received.request.session_id for received in busy.requests}) == 1
+
+
+# === bench ===
+
+
+def test_bench_counts_what_succeeds_and_what_fails(cluster: TestCluster) -> None:
+    cluster.workers[0].script = fail("REQUEST_VALIDATION_FAILED")
+    told = run("bench", "--url", cluster.api_url, "-n", "40", "-c", "4", "--json")
+    assert told.exit_code == 0
+    figures = json.loads(told.stdout)
+    failed = figures["failed"]["REQUEST_VALIDATION_FAILED"]
+    assert figures["succeeded"] + failed == 40
+    assert figures["workers"] == {cluster.workers[1].worker_id: figures["succeeded"]}
+    assert figures["tokens"] > 0
+    for name in ("firstTokenMs", "betweenTokensMs", "durationMs"):
+        times = list(figures[name].values())
+        assert list(figures[name]) == ["mean", "p50", "p90", "p95", "p99", "max"]
+        assert times[1:] == sorted(times[1:])
+
+
+def test_bench_has_a_table_for_people(cluster: TestCluster) -> None:
+    told = run("bench", "--url", cluster.api_url, "-n", "9", "--no-stream")
+    assert told.exit_code == 0
+    assert "whole answer" in told.stdout
+    assert "p99" in told.stdout
+    assert "first token" not in told.stdout
+    for worker in cluster.workers:
+        worker.script = fail("REQUEST_VALIDATION_FAILED")
+    told = run("bench", "--url", cluster.api_url, "-n", "9")
+    assert told.exit_code == 1
+    assert "9 REQUEST_VALIDATION_FAILED" in told.stdout
+
+
+# === top ===
+
+
+def test_top_shows_the_fleet_once_where_there_is_no_terminal(cluster: TestCluster) -> None:
+    run("chat", "--url", cluster.api_url, "Hello")
+    told = run("top", "--url", cluster.api_url)
+    assert told.exit_code == 0
+    for words in ("2 of 2 online", cluster.workers[0].worker_id, "CLOSED", "succeeded", "tiny"):
+        assert words in told.output
+
+
+def test_top_is_live_in_a_terminal_and_ends_with_ctrl_c(cluster: TestCluster) -> None:
+    with Terminal("top", "--url", cluster.api_url, "--every", "0.1") as terminal:
+        terminal.until("none yet")
+        run("chat", "--url", cluster.api_url, "Hello")
+        terminal.until("succeeded")
+        cluster.controller.force_open_circuit_breaker(cluster.workers[0].worker_id)
+        terminal.until("FORCED_OPEN")
+        os.killpg(terminal.process.pid, signal.SIGINT)
+        assert terminal.process.wait(10) == 130
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_top_says_when_it_is_no_router_that_answers() -> None:
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            told = run("top", "--url", f"http://127.0.0.1:{other.server_port}")
+        finally:
+            other.shutdown()
+            thread.join()
+    assert told.exit_code == 1
+    assert "no front-end of this router" in told.output
+
+
+# === doctor ===
+
+
+@pytest.mark.nats
+async def test_doctor_finds_the_fleet_and_what_is_wrong_with_it(
+    nats: NatsServer, tmp_path: Path, closed: int
+) -> None:
+    settings = {"nats": {"mode": "external", "serverUrl": nats.url, "subjectPrefix": "doctor."}}
+    file = tmp_path / "cluster.json"
+    file.write_text(json.dumps({**settings, "controller": {"port": closed}}))
+
+    async def echo(_request: InferenceRequest) -> AsyncIterator[str]:
+        yield "x"
+
+    async with WorkerNode(echo, config=settings, worker_id="w-1", models=["tiny"]):
+        command = [*ROUTER, "doctor", "-c", str(file), "-m", f"tiny={MODEL}", "-m", "gone=/nowhere"]
+        ended = await _ended(command)
+    assert ended.returncode == 1
+    lines = [line.split(None, 2) for line in ended.stdout.splitlines()]
+    findings = {(level, what): text for level, what, text in lines}
+    assert "Python" in findings["ok", "versions"]
+    assert findings["ok", "config"] == str(file)
+    assert "1,048,576 bytes" in findings["ok", "NATS"]
+    assert "w-1 on " in findings["ok", "worker"]
+    assert "one worker serves it" in findings["note", "model"]
+    assert "is free" in findings["ok", "port"]
+    assert "/nowhere" in findings["wrong", "model"]
+
+
+async def _ended(command: list[str]) -> subprocess.CompletedProcess[str]:
+    import asyncio
+
+    return await asyncio.to_thread(
+        subprocess.run, command, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_doctor_says_what_keeps_a_set_up_from_working(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        file = tmp_path / "cluster.yaml"
+        file.write_text(
+            f"nats: {{mode: external, serverUrl: 'nats://127.0.0.1:1'}}\ncontroller: {{port: {port}}}\n"
+        )
+        told = run("doctor", "-c", str(file))
+    assert told.exit_code == 1
+    assert "cannot connect to NATS" in told.output
+    assert f"{port} on 127.0.0.1 is taken by another program" in told.output
+    file.write_text("controler: {}\n")
+    told = run("doctor", "-c", str(file))
+    assert told.exit_code == 1
+    assert "did you mean controller" in told.output
+
+
+def test_doctor_knows_a_front_end_that_runs(cluster: TestCluster, tmp_path: Path) -> None:
+    port = cluster.api_url.rpartition(":")[2]
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"nats: {{mode: none}}\ncontroller: {{port: {port}}}\n")
+    told = run("doctor", "-c", str(file))
+    assert told.exit_code == 0
+    assert "is ready, with 2 workers" in told.output
+
+
+# === config ===
+
+
+def test_config_validate_says_nothing_or_where_it_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("requestRouting:\n  retry:\n    maxRetries: 3\n")
+    told = run("config", "validate", str(file))
+    assert (told.exit_code, told.output) == (0, "")
+    file.write_text("requestRouting:\n  retry:\n    maxRetris: 3\n")
+    told = run("config", "validate", str(file))
+    assert told.exit_code == 1
+    assert f"{file}:3:5: requestRouting.retry.maxRetris: unknown key; did you mean maxRetries?" in told.output
+
+
+def test_config_show_hides_secrets_and_knows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("controller: {apiKeys: [sesame]}\n")
+    monkeypatch.setenv("MLX_ROUTER__CONTROLLER__PORT", "81")
+    told = run("config", "show", "-c", str(file))
+    assert told.exit_code == 0
+    assert "sesame" not in told.output
+    shown = json.loads(told.output)
+    assert shown["controller"]["apiKeys"] == ["***"]
+    assert shown["controller"]["port"] == 81
+
+
+def test_config_schema_is_the_modules() -> None:
+    told = run("config", "schema")
+    assert json.loads(told.output) == ClusterConfig.json_schema()
+
+
+def test_shells_can_complete() -> None:
+    told = run("--show-completion", "bash")
+    assert "mlx-serving-router" in told.output or "complete" in told.output
