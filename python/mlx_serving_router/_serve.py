@@ -115,13 +115,20 @@ async def front_end(
     finally:
         server.should_exit = True
         await task
-    if not server.started:
-        address.listener.close()  # uvicorn closes what it has begun to serve
-        raise CommandError("the front-end did not start: its log says why (is controller.metricsPort taken?)")
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the command."""
+    """Leaves signals, and the end of the process, to the command."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # the application's lifespan has failed, and uvicorn has logged why
+            for listener in sockets or ():
+                listener.close()
+            raise CommandError(
+                "the front-end did not start: its log says why (is controller.metricsPort taken?)"
+            ) from None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
