@@ -213,6 +213,7 @@ fn what_no_type_says_is_checked_too() {
         ("nats: {tls: {keyFile: f}}", "nats.tls.keyFile"),
         ("controller: {apiKeys: ['']}", "controller.apiKeys"),
         ("controller: {apiKeys: [{key: ''}]}", "controller.apiKeys"),
+        ("controller: {apiKeys: ['a ']}", "controller.apiKeys"),
         ("controller: {apiKeys: [a, {key: a}]}", "controller.apiKeys"),
         ("controller: {apiKeys: [{key: a, name: n}, {key: b, name: n}]}", "controller.apiKeys"),
         ("controller: {apiKeys: [{key: a, maxConcurrent: 0}]}", "controller.apiKeys"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
 import time
 import uuid
@@ -9,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from mlx_serving_router._client import AnswerError, FrontEnd
+from mlx_serving_router._command import CommandError
 
 if TYPE_CHECKING:
     import asyncio
@@ -89,11 +92,9 @@ async def ask(front_end: FrontEnd, settings: Settings, question: str) -> None:
 def converse(
     runner: asyncio.Runner, front_end: FrontEnd, settings: Settings, say: Callable[[str], None]
 ) -> None:
-    """Talk until the input ends. Each conversation is a session: it stays on its worker.
-
-    Raises:
-        CommandError: Nobody answers.
-    """
+    """Talk until the input ends. Each conversation is a session: it stays on its worker."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # input() can edit, and remembers, once it is there
     say(f"{settings.model} at {front_end.url} ({_HELP})")
     messages, session_id = settings.opening(), uuid.uuid4().hex
     while True:
@@ -116,6 +117,8 @@ def converse(
                 runner.run(turn.run(front_end, settings.body(messages), session_id))
             except AnswerError as error:
                 note = f"{error.code}: {error}"
+            except CommandError as error:  # it may be back for the next question
+                note = str(error)
             except KeyboardInterrupt:
                 note = "stopped"
             sys.stdout.write("\n")

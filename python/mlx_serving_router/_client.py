@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds for a connection. Answers may take as long as the router lets them.
 _CONNECT: Final = 5.0
+#: Seconds for what no worker is asked for.
+_LOOK: Final = 10.0
 
 
 class AnswerError(Exception):
@@ -92,7 +94,7 @@ class FrontEnd:
             CommandError: Nobody answers, or with an error.
         """
         try:
-            response = await self._http.get(path)
+            response = await self._http.get(path, timeout=_LOOK)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if response.status_code == httpx.codes.NOT_FOUND and path.startswith("/api/"):

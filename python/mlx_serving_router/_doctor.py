@@ -228,7 +228,7 @@ def _front_end(controller: dict[str, Any]) -> Iterator[Finding]:
     at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 only to be asked
     if port and _answers(at, port):
         url = f"http://{f'[{at}]' if ':' in at else at}:{port}"
-        with contextlib.suppress(httpx.HTTPError, ValueError):
+        with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
             with httpx.Client(timeout=_PATIENCE, trust_env=False) as http:
                 ready = http.get(f"{url}/ready").json()
             yield Finding(

@@ -52,7 +52,7 @@ class Keys:
             HttpError: 401, its header `Authorization` holds none of them.
         """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = _digest(token.strip().encode("latin-1"))
+        given = _digest(token.strip(" \t").encode("latin-1"))
         # All are compared, and their digests instead of themselves, so that the time tells nothing of what came close.
         found = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if scheme.lower() != "bearer" or not found:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.table import Table
 
 from mlx_serving_router._client import AnswerError, FrontEnd
+from mlx_serving_router._command import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _PERCENTILES: Final = (50, 90, 95, 99)
+_UNREACHABLE: Final = "nobody answers"
 
 
 @dataclass
@@ -105,7 +107,7 @@ async def load(
         tell: Called after each.
 
     Raises:
-        CommandError: Nobody answers.
+        CommandError: Nobody answered any of them.
     """
     outcome = Outcome()
     numbers = iter(range(requests))
@@ -118,6 +120,12 @@ async def load(
             except AnswerError as error:
                 outcome.errors[error.code] += 1
                 outcome.example = outcome.example or str(error)
+            except CommandError as error:
+                outcome.errors[_UNREACHABLE] += 1
+                outcome.example = outcome.example or str(error)
+            except (ValueError, KeyError, TypeError) as error:
+                outcome.errors["unreadable answer"] += 1
+                outcome.example = outcome.example or f"it is no answer of the OpenAI API ({error!r})"
             tell()
 
     begun = time.perf_counter()
@@ -125,6 +133,8 @@ async def load(
         for _ in range(min(concurrency, requests)):
             senders.create_task(sender())
     outcome.seconds = time.perf_counter() - begun
+    if set(outcome.errors) == {_UNREACHABLE} and not outcome.succeeded:
+        raise CommandError(outcome.example)
     return outcome
 
 

@@ -1,7 +1,7 @@
 """The controller and its web front-end as a process of their own: `mlx-serving-router serve`.
 
-The controller is started before the front-end and stopped after it, so that a start that fails is told in words and
-requests that run may finish.
+The controller is started before the front-end, so that a start that fails is told in words, and stopped before it, so
+that requests which run may finish and the others are told.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _PORTS_TRIED: Final = 20
 _TAKEN: Final = (errno.EADDRINUSE, errno.EACCES)
 #: Before a NATS server that died is started again: one that dies at once is not to keep the machine busy.
 _RESTART_SECONDS: Final = 1.0
+#: Seconds that answers have to go out once the controller has stopped.
+AFTER_DRAIN: Final = 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -94,9 +96,14 @@ def _listen(host: str, port: int, wanted: int) -> Address:
 
 @contextlib.asynccontextmanager
 async def front_end(
-    controller: ControllerNode, address: Address, drain_seconds: float
+    controller: ControllerNode, address: Address, patience: float
 ) -> AsyncIterator[asyncio.Task[None]]:
     """The front-end of a controller that runs; the task ends when it does.
+
+    Args:
+        controller: The controller.
+        address: Where to listen.
+        patience: Seconds that answers have to go out when it ends.
 
     Raises:
         CommandError: On leaving, where it has not started.
@@ -106,13 +113,16 @@ async def front_end(
         log_config=None,
         access_log=False,  # the controller logs requests
         ws="none",
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        timeout_graceful_shutdown=max(1, round(patience)),
     )
     server = _Server(settings)
     task = asyncio.create_task(server.serve(sockets=[address.listener]))
+    serving = asyncio.create_task(server.serving.wait())
     try:
+        await asyncio.wait((task, serving), return_when=asyncio.FIRST_COMPLETED)
         yield task
     finally:
+        serving.cancel()
         server.should_exit = True
         await task
 
@@ -120,9 +130,14 @@ async def front_end(
 class _Server(uvicorn.Server):
     """Leaves signals, and the end of the process, to the command."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.serving = asyncio.Event()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
+            self.serving.set()
         except SystemExit:  # the application's lifespan has failed, and uvicorn has logged why
             for listener in sockets or ():
                 listener.close()
@@ -203,9 +218,12 @@ async def serve(
                 await unless(stopping, controller.start())
                 if stopping.is_set():
                     return
-                async with front_end(controller, address, drain) as ended:
-                    announce(server)
+                async with front_end(controller, address, AFTER_DRAIN) as ended:
+                    if not ended.done():
+                        announce(server)
                     await unless(stopping, asyncio.wait((ended,)))
+                    # First, so that clients whose time is over are told.
+                    await controller.stop(drain)
             finally:
                 await controller.stop(drain)
 

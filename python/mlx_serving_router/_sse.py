@@ -6,13 +6,14 @@ Knows ASGI and the codec's bytes, and nothing of routes or the fleet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from mlx_serving_router._errors import ControllerError
+from mlx_serving_router._errors import ControllerError, ControllerErrorCode
 from mlx_serving_router._http import WORKER_ID, HttpError, defect, openai_error, until_disconnect
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from mlx_serving_router._native import StreamEncoder, TokenStream
 
 _COMMENT: Final = b": keepalive\n\n"
+#: Seconds for the error event of a stream that is cut off.
+_LAST_WORDS: Final = 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class EventStream(Response):
         # One message at a time.
         self._sending = asyncio.Lock()
         self._begun = False
+        self._ended = False
         self._last = 0.0
         self.status_code = 200
         self.background = None
@@ -82,6 +86,10 @@ class EventStream(Response):
                 refused = await until_disconnect(receive, self._send(send))
         except HttpError as error:
             refused = openai_error(error)
+        except asyncio.CancelledError:
+            # The server waits no longer, or the application has a limit of its own.
+            await self._cut_off(send)
+            raise
         except ClientDisconnect:
             _logger.info("the client left its stream", extra={"request_id": self._request_id})
             return
@@ -125,9 +133,19 @@ class EventStream(Response):
             await self._write(send, last, more=False)
         return None
 
+    async def _cut_off(self, send: Send) -> None:
+        """Say, where there is still time, that this is no end."""
+        if self._begun and not self._ended:
+            words = "the front-end stopped before the answer was complete"
+            told = ControllerError(ControllerErrorCode.CONTROLLER_NOT_READY, words)
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS):
+                    await self._write(send, self._encoder.error(told), more=False)
+
     async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
         async with self._sending:
             await self._begin(send)
+            self._ended = not more
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _begin(self, send: Send) -> None:

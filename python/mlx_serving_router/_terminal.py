@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
+import click
 import typer
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def told(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise  # whoever read our output has gone: the interpreter knows what to do
-    except typer.Exit:
+    except (typer.Exit, click.ClickException):
         raise
     except Exception as error:  # noqa: BLE001 whatever it is, a person reads it
         if debug:

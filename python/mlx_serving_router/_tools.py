@@ -65,7 +65,7 @@ def top(
 
         from mlx_serving_router import _client, _top
 
-        console = Console()
+        console = Console(markup=False, emoji=False, highlight=False)
 
         async def run() -> None:
             async with _client.FrontEnd(url, api_key) as front_end:
@@ -92,13 +92,13 @@ def chat(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Talk to the fleet. A question, or a text on standard input, is answered with nothing but the answer."""
+    """Talk to the fleet. A question, or a text on standard input, or both, is answered with nothing but the answer."""
     with told(debug=debug):
         from mlx_serving_router import _chat, _client
 
-        asked = " ".join(question) if question else None
-        if asked is None and not sys.stdin.isatty():
-            asked = sys.stdin.read().strip()
+        asked = " ".join(question or ())
+        if not sys.stdin.isatty():
+            asked = f"{asked}\n\n{sys.stdin.read()}".strip()
             if not asked:
                 raise typer.BadParameter(
                     "there is no question: neither an argument nor a text on standard input"
@@ -112,7 +112,7 @@ def chat(
                     max_tokens=max_tokens,
                     temperature=temperature,
                 )
-                if asked is not None:
+                if asked:
                     runner.run(_chat.ask(front_end, settings, asked))
                     return
                 _chat.converse(runner, front_end, settings, lambda text: typer.secho(text, dim=True))
@@ -150,7 +150,8 @@ def bench(
 
         from mlx_serving_router import _client, _load
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        named = TextColumn("{task.description}", markup=False)
+        columns = (named, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
         async def run() -> _load.Outcome:
             async with _client.FrontEnd(url, api_key, concurrency=concurrency) as front_end:
@@ -175,7 +176,7 @@ def bench(
             typer.echo(json.dumps(outcome.to_dict()))
         else:
             for table in outcome.tables():
-                Console().print(table)
+                Console(markup=False, emoji=False, highlight=False).print(table)
         if not outcome.succeeded:
             raise typer.Exit(1)
 

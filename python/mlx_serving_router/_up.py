@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlx_serving_router._command import CommandError, stop_signals
 from mlx_serving_router._controller import ControllerNode
-from mlx_serving_router._serve import front_end, nats
+from mlx_serving_router._serve import AFTER_DRAIN, front_end, nats
 from mlx_serving_router.processes import ChildProcess
 
 if TYPE_CHECKING:
@@ -72,13 +72,15 @@ async def up(
                         f"worker-{number}" if alone else f"worker-{number}-{secrets.token_hex(2)}", options
                     )
                 await controller.start()
-                async with front_end(controller, address, drain) as served:
-                    announce(server)
+                async with front_end(controller, address, AFTER_DRAIN) as served:
+                    if not served.done():
+                        announce(server)
                     online = asyncio.create_task(_count(controller, workers, tell_online))
                     ends = [asyncio.create_task(event.wait()) for event in (stopping, team.all_ended)]
                     await asyncio.wait((*ends, served), return_when=asyncio.FIRST_COMPLETED)
                     for task in (online, *ends):
                         task.cancel()
+                    await controller.stop(drain)
             finally:
                 await controller.stop(drain)
                 await team.stop()

@@ -11,7 +11,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -210,7 +210,7 @@ def serve(
         address = _serve.listen(shown["controller"]["bindAddress"], shown["controller"]["port"])
 
         def announce(server: NatsServer | None) -> None:
-            _show_addresses(address)
+            _show_addresses(address, shown["controller"])
             if server is not None:
                 _show_server(server)
                 show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
@@ -261,7 +261,7 @@ def up(
             show("note", f"port {address.moved_from} is taken by another program; using the next free one")
 
         def announce(server: NatsServer | None) -> None:
-            _show_addresses(address)
+            _show_addresses(address, shown["controller"])
             if server is not None:
                 _show_server(server)
             show("workers", f"{workers} started; each loads {', '.join(named)}")
@@ -310,11 +310,13 @@ def _worker_options(
 # === what is shown ===
 
 
-def _show_addresses(address: Address) -> None:
+def _show_addresses(address: Address, controller: dict[str, Any]) -> None:
     show("OpenAI", f"{address.url}/v1")
     show("fleet", f"{address.url}/api/cluster/status")
     show("requests", f"{address.url}/api/controller/requests")
-    show("metrics", f"{address.url}/metrics")
+    port = controller["metricsPort"]
+    metrics = address.url if port is None else f"http://{controller['bindAddress']}:{port}"
+    show("metrics", "on a free port, which the log names" if port == 0 else f"{metrics}/metrics")
 
 
 def _show_server(server: NatsServer) -> None:

@@ -73,6 +73,7 @@ def create_app(
         title="mlx_serving_router",
         description="One OpenAI API in front of a fleet of mlx-lm workers",
         lifespan=_lifespan(config, controller),
+        redirect_slashes=False,  # another address is another address
     )
     _add_routes(app.router, config)
     app.exception_handler(HTTPException)(_no_route)

@@ -24,6 +24,11 @@ pub(super) fn api_keys<C>(keys: &[ApiKey], context: &C) -> Result {
     let (mut secrets, mut names) = (BTreeSet::new(), BTreeSet::new());
     for (index, key) in keys.iter().enumerate() {
         not_empty(key.secret(), context)?;
+        if key.secret() != key.secret().trim() || key.secret().chars().any(char::is_control) {
+            return refuse(format_args!(
+                "entry {index} has a key with blanks around it or a line break, which no header can carry"
+            ));
+        }
         if !secrets.insert(key.secret()) {
             return refuse(format_args!("entry {index} has a key that stands there already"));
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -15,17 +16,14 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
-
-pytest.importorskip("httpx")
-pytest.importorskip("fastapi")
-
 from typer.testing import CliRunner
 
 from mlx_serving_router import ClusterConfig, WorkerNode
 from mlx_serving_router.cli import app
 from mlx_serving_router.testing import ANSWER, TestCluster, answer, fail, stall
-from programs import MODEL
+from programs import MODEL, program
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -105,6 +103,9 @@ def test_a_question_is_answered_with_nothing_but_the_answer(cluster: TestCluster
     assert (told.exit_code, told.output) == (0, f"{ANSWER}\n")
     asked = [request for worker in cluster.workers for request in worker.requests]
     assert asked[0].request.messages == [{"role": "user", "content": "Hello there"}]
+    run("chat", "--url", cluster.api_url, "Sum this up:", stdin="A text.\n")
+    asked = [request for worker in cluster.workers for request in worker.requests]
+    assert [{"role": "user", "content": "Sum this up:\n\nA text."}] in [one.request.messages for one in asked]
 
 
 def test_a_question_may_come_on_standard_input_with_all_that_a_model_is_told(cluster: TestCluster) -> None:
@@ -189,7 +190,21 @@ def test_bench_has_a_table_for_people(cluster: TestCluster) -> None:
     assert "9 REQUEST_VALIDATION_FAILED" in told.stdout
 
 
+def test_bench_goes_on_where_some_find_nobody_and_says_so_where_all_do(closed: int) -> None:
+    told = run("bench", "--url", f"http://127.0.0.1:{closed}", "-m", "tiny", "-n", "5")
+    assert told.exit_code == 1
+    assert told.output.count("nobody answers at") == 1
+    assert "ExceptionGroup" not in told.output
+
+
 # === top ===
+
+
+def test_top_shows_names_as_they_are(cluster: TestCluster) -> None:
+    run("chat", "--url", cluster.api_url, "-m", "[/x] [red]m", "Hello")
+    told = run("top", "--url", cluster.api_url)
+    assert told.exit_code == 0
+    assert "[/x] [red]m" in told.output
 
 
 def test_top_shows_the_fleet_once_where_there_is_no_terminal(cluster: TestCluster) -> None:
@@ -261,8 +276,6 @@ async def test_doctor_finds_the_fleet_and_what_is_wrong_with_it(
 
 
 async def _ended(command: list[str]) -> subprocess.CompletedProcess[str]:
-    import asyncio
-
     return await asyncio.to_thread(
         subprocess.run, command, capture_output=True, text=True, timeout=60, check=False
     )
@@ -285,6 +298,27 @@ def test_doctor_says_what_keeps_a_set_up_from_working(tmp_path: Path) -> None:
     told = run("doctor", "-c", str(file))
     assert told.exit_code == 1
     assert "did you mean controller" in told.output
+
+
+def test_doctor_knows_another_service_from_a_front_end(tmp_path: Path) -> None:
+    class Other(Elsewhere):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            file = tmp_path / "cluster.yaml"
+            file.write_text(f"nats: {{mode: none}}\ncontroller: {{port: {other.server_port}}}\n")
+            told = run("doctor", "-c", str(file), "-m", "gone=/nowhere")
+        finally:
+            other.shutdown()
+            thread.join()
+    assert f"{other.server_port} on 127.0.0.1 is taken by another program" in told.output
+    assert "/nowhere" in told.output
 
 
 def test_doctor_knows_a_front_end_that_runs(cluster: TestCluster, tmp_path: Path) -> None:
@@ -336,3 +370,43 @@ def test_config_schema_is_the_modules() -> None:
 def test_shells_can_complete() -> None:
     told = run("--show-completion", "bash")
     assert "mlx-serving-router" in told.output or "complete" in told.output
+
+
+# === the end of a front-end ===
+
+
+@pytest.mark.nats
+async def test_a_front_end_that_ends_tells_those_whose_time_is_over(nats: NatsServer, tmp_path: Path) -> None:
+    settings = {"nats": {"mode": "external", "serverUrl": nats.url, "subjectPrefix": "drain."}}
+    file = tmp_path / "cluster.json"
+    file.write_text(json.dumps({**settings, "controller": {"port": 0, "drainTimeoutMs": 200}}))
+
+    async def endless(_request: InferenceRequest) -> AsyncIterator[str]:
+        while True:
+            yield "x"
+            await asyncio.sleep(0.05)
+
+    async with WorkerNode(endless, config=settings, models=["tiny"]):
+        with program(*ROUTER, "serve", "-c", str(file), scratch=tmp_path) as front_end:
+            line = await asyncio.to_thread(front_end.line_with, "OpenAI", "/v1")
+            url = line.split()[-1].removesuffix("/v1")
+            async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+                body = {
+                    "model": "tiny",
+                    "messages": [{"role": "user", "content": "Hello"}],
+                    "max_tokens": 10**6,
+                }
+                while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 nobody tells
+                    await asyncio.sleep(0.05)
+                whole = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+                async with client.stream(
+                    "POST", "/v1/chat/completions", json={**body, "stream": True}
+                ) as stream:
+                    lines = stream.aiter_lines()
+                    first = await anext(lines)
+                    assert first.startswith("data:")
+                    front_end.send(signal.SIGTERM)
+                    events = [line async for line in lines if line]
+                assert json.loads(events[-1].removeprefix("data:"))["error"]["code"] == "CONTROLLER_NOT_READY"
+                answer = await whole
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "CONTROLLER_NOT_READY")
