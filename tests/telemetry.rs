@@ -127,6 +127,10 @@ fn at_most_max_entries_ended_requests_stay_and_the_oldest_go_first() {
         requests.begin(&request("always the same"), start).unwrap().finish(Ok(()), start);
     }
     let ids: Vec<_> = requests.all(start).into_iter().map(|metadata| metadata.request_id).collect();
+    for most in 0..=ids.len() + 1 {
+        let newest: Vec<_> = requests.newest(most, start).into_iter().map(|metadata| metadata.request_id).collect();
+        assert_eq!(newest, ids[ids.len().saturating_sub(most)..]);
+    }
     let expected = ["r-99998", "r-99999", "always the same", "active-0", "active-1", "active-2", "active-3", "active-4"];
     assert_eq!(ids, expected);
     assert_eq!((requests.active(), requests.remembered(), requests.completed()), (active.len(), 3, 200_000));

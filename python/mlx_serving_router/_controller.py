@@ -325,9 +325,18 @@ class ControllerNode:
         """What is known of a request; `None` where it is unknown, or forgotten."""
         return self._native.request_metrics(request_id)
 
-    def get_all_request_metrics(self) -> list[RequestMetadata]:
-        """What is known of all requests: the ended ones in the order of their ends, then the active ones."""
-        return self._native.all_request_metrics()
+    def get_all_request_metrics(self, *, limit: int | None = None) -> list[RequestMetadata]:
+        """What is known of all requests: the ended ones in the order of their ends, then the active ones.
+
+        Args:
+            limit: The last so many of them; `None`: all.
+
+        Raises:
+            ValueError: The limit is negative.
+        """
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit is {limit}; a number of at least 0 is right")
+        return self._native.all_request_metrics(limit)
 
     def metrics_text(self) -> str:
         """Numbers for Prometheus, in its text format."""

@@ -97,7 +97,8 @@ async def requests(request: Request) -> Response:
             ControllerErrorCode.REQUEST_VALIDATION_FAILED,
             f"limit is {limit[:40]!r}; it has to be a whole number of at least 1",
         )
-    newest = get_controller(request).get_all_request_metrics()[-int(limit[:9] or 0) :]
+    most = int(limit[:9]) if limit else None
+    newest = get_controller(request).get_all_request_metrics(limit=most)
     return json_response([metadata.to_dict() for metadata in newest])
 
 

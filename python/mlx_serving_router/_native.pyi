@@ -754,7 +754,7 @@ class Controller:
     def request_metrics(self, request_id: str) -> RequestMetadata | None:
         """What is known of a request; `None` where nothing is."""
 
-    def all_request_metrics(self) -> list[RequestMetadata]:
+    def all_request_metrics(self, limit: int | None = None) -> list[RequestMetadata]:
         """What is known of all requests."""
 
     def metrics_text(self) -> str:

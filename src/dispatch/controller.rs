@@ -296,6 +296,12 @@ impl Controller {
         self.core().requests.all(Instant::now())
     }
 
+    /// The last `most` of [`Self::all_request_metrics`].
+    #[must_use]
+    pub fn newest_request_metrics(&self, most: usize) -> Vec<RequestMetadata> {
+        self.core().requests.newest(most, Instant::now())
+    }
+
     /// Numbers for Prometheus, as [`CONTENT_TYPE`](crate::telemetry::CONTENT_TYPE) names them.
     #[must_use]
     pub fn metrics_text(&self) -> String {

@@ -237,9 +237,10 @@ impl PyController {
     }
 
     /// What is known of all requests.
-    fn all_request_metrics(&self, py: Python<'_>) -> PyResult<Vec<PyRequestMetadata>> {
+    #[pyo3(signature = (limit=None))]
+    fn all_request_metrics(&self, py: Python<'_>, limit: Option<usize>) -> PyResult<Vec<PyRequestMetadata>> {
         let controller = self.0.get()?;
-        let all = py.detach(|| controller.all_request_metrics());
+        let all = py.detach(|| controller.newest_request_metrics(limit.unwrap_or(usize::MAX)));
         Ok(all.into_iter().map(|metadata| PyRequestMetadata(Arc::new(metadata))).collect())
     }
 

@@ -140,14 +140,23 @@ impl Requests {
     /// All requests that are known: the ended ones in the order of their ends, then the active ones in that of arrival.
     #[must_use]
     pub fn all(&self, now: Instant) -> Vec<RequestMetadata> {
+        self.newest(usize::MAX, now)
+    }
+
+    /// As [`Self::all`], the last `most` of them.
+    #[must_use]
+    pub fn newest(&self, most: usize, now: Instant) -> Vec<RequestMetadata> {
         let (mut found, mut active): (Vec<_>, Vec<_>) = {
             let mut store = self.store.lock();
             store.forget_old(now, self.retention);
-            let ended = store.ended.values().map(|ended| Arc::clone(&ended.metadata)).collect();
+            let of_ended = most.saturating_sub(store.active.len());
+            let ended = store.ended.values().rev().take(of_ended).map(|ended| Arc::clone(&ended.metadata)).collect();
             (ended, store.active.values().map(|live| (live.sequence, live.snapshot())).collect())
         };
+        found.reverse();
         active.sort_unstable_by_key(|(sequence, _)| *sequence);
-        found.extend(active.into_iter().map(|(_, metadata)| metadata));
+        let too_many = active.len().saturating_sub(most);
+        found.extend(active.into_iter().skip(too_many).map(|(_, metadata)| metadata));
         found.into_iter().map(Arc::unwrap_or_clone).collect()
     }
 
