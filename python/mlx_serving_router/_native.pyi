@@ -629,6 +629,9 @@ class TokenStream(AsyncIterator[TokenEvent]):
     def request_id(self) -> str:
         """The request."""
     @property
+    def model_id(self) -> str:
+        """The model that answers: the one asked for, or one that stands in for it."""
+    @property
     def worker_id(self) -> str:
         """The worker that answers now."""
 
@@ -662,6 +665,9 @@ class BlockingTokenStream(Iterator[TokenEvent]):
     @property
     def request_id(self) -> str:
         """The request."""
+    @property
+    def model_id(self) -> str:
+        """The model that answers: the one asked for, or one that stands in for it."""
     @property
     def worker_id(self) -> str:
         """The worker that answers now."""
@@ -1352,6 +1358,9 @@ class CompletionCall:
 @final
 class StreamEncoder:
     """Writes one stream of server-sent events. Each method gives the bytes of one write."""
+
+    def answered_by(self, model: str) -> None:
+        """The model that answers, where it is not the one that was asked for. What is written from now on names it."""
 
     def tokens(self, events: Sequence[TokenEvent]) -> bytes:
         """Pieces of the answer."""

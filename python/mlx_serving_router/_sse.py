@@ -115,6 +115,7 @@ class EventStream(Response):
                 return openai_error(told)
             await self._write(send, self._encoder.error(told), more=False)
             return None
+        self._encoder.answered_by(stream.model_id)
         async with stream:
             if not self._begun:
                 self.raw_headers.append((WORKER_ID.encode(), stream.worker_id.encode()))

@@ -38,6 +38,12 @@ impl TokenStream {
         }
     }
 
+    /// The model that answers: the one asked for, or one that stands in for it.
+    #[must_use]
+    pub fn model_id(&self) -> &str {
+        &self.call.request().model_id
+    }
+
     /// The request.
     #[must_use]
     pub fn request_id(&self) -> &str {

@@ -20,6 +20,7 @@ use crate::wire::Json;
 pub struct StreamEncoder {
     call: Arc<CompletionCall>,
     id: String,
+    model: String,
     created: u64,
     /// Whether the first chunk, which names the role, has been written.
     begun: bool,
@@ -68,8 +69,13 @@ impl StreamEncoder {
     /// The writer of a call's stream. `created` is in seconds since the epoch.
     #[must_use]
     pub fn new(call: Arc<CompletionCall>, created: u64) -> Self {
-        let id = call.answer_id();
-        Self { call, id, created, begun: false, offset: 0 }
+        let (id, model) = (call.answer_id(), call.request.model_id.clone());
+        Self { call, id, model, created, begun: false, offset: 0 }
+    }
+
+    /// The model that answers, where it is not the one that was asked for. What is written from now on names it.
+    pub fn answered_by(&mut self, model: &str) {
+        model.clone_into(&mut self.model);
     }
 
     /// Pieces of the answer, each with its log probabilities: one chunk each, none for a piece without text of its own.
@@ -181,7 +187,7 @@ impl StreamEncoder {
                 Endpoint::Text => "text_completion",
             },
             created: self.created,
-            model: &self.call.request.model_id,
+            model: &self.model,
             choices,
             usage: self.call.include_usage.then_some(usage),
         }

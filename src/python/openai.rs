@@ -95,6 +95,11 @@ impl PyCompletionCall {
 
 #[pymethods]
 impl PyStreamEncoder {
+    /// The model that answers, where it is not the one that was asked for. What is written from now on names it.
+    fn answered_by(&self, model: &str) {
+        self.0.lock().answered_by(model);
+    }
+
     /// Pieces of the answer.
     fn tokens<'py>(&self, py: Python<'py>, events: Vec<Bound<'py, PyTokenEvent>>) -> Bound<'py, PyBytes> {
         let pieces = events.iter().map(|event| (event.get().0.text.as_str(), event.get().0.logprobs.as_ref()));

@@ -33,6 +33,7 @@ const CAPACITY: usize = 1024;
 /// Between the task that pulls and the Python object that is read.
 pub(super) struct Channel {
     request_id: String,
+    model_id: String,
     queue: Mutex<Queue>,
     /// Something can be taken.
     readable: Notify,
@@ -101,6 +102,7 @@ impl Reader {
         let queue = Queue { tokens: tokens.into(), end, worker_id: stream.worker_id().clone(), waiter: None };
         let channel = Arc::new(Channel {
             request_id: stream.request_id().to_owned(),
+            model_id: stream.model_id().to_owned(),
             queue: Mutex::new(queue),
             readable: Notify::new(),
             taken: Notify::new(),
@@ -328,6 +330,12 @@ impl PyTokenStream {
         Ok(&self.0.channel()?.request_id)
     }
 
+    /// The model that answers: the one asked for, or one that stands in for it.
+    #[getter]
+    fn model_id(&self) -> PyResult<&str> {
+        Ok(&self.0.channel()?.model_id)
+    }
+
     /// The worker that answers now.
     #[getter]
     fn worker_id(&self) -> PyResult<String> {
@@ -406,6 +414,12 @@ impl BlockingTokenStream {
     #[getter]
     fn request_id(&self) -> PyResult<&str> {
         Ok(&self.0.channel()?.request_id)
+    }
+
+    /// The model that answers: the one asked for, or one that stands in for it.
+    #[getter]
+    fn model_id(&self) -> PyResult<&str> {
+        Ok(&self.0.channel()?.model_id)
     }
 
     /// The worker that answers now.

@@ -14,6 +14,7 @@ from fastapi import Depends, FastAPI, HTTPException
 
 from mlx_serving_router import ControllerNode, ControllerState
 from mlx_serving_router.fastapi import controller_router, create_app, get_controller
+from mlx_serving_router.testing import TestCluster
 from serving import LOCAL, PATIENCE, Fleet, serve, tiny
 
 if TYPE_CHECKING:
@@ -319,3 +320,17 @@ async def test_a_controller_that_runs_already_is_left_to_its_owner() -> None:
 def test_a_config_and_a_controller_are_not_given_together() -> None:
     with pytest.raises(ValueError, match="not both"):
         create_app(LOCAL, controller=ControllerNode(LOCAL))
+
+
+def test_answers_name_the_model_that_stood_in() -> None:
+    config = {"requestRouting": {"fallbackModels": {"big": ["tiny"]}}}
+    with (
+        TestCluster(1, transport="local", config=config) as cluster,
+        httpx.Client(base_url=cluster.api_url) as http,
+    ):
+        whole = http.post("/v1/chat/completions", json=chat("big"))
+        assert whole.json()["model"] == "tiny"
+        lines = http.post("/v1/chat/completions", json=chat("big", stream=True)).text.split("\n\n")
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert len(chunks) > 2
+        assert {chunk["model"] for chunk in chunks} == {"tiny"}
