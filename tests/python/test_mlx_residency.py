@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import logging
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -236,6 +239,102 @@ def test_a_model_that_no_memory_can_hold_is_refused_with_its_size() -> None:
     running.stop()
 
 
+def test_a_model_for_which_there_is_never_room_pushes_nobody_out(tmp_path: Path) -> None:
+    from mlx_serving_router.mlx import MlxEngine
+
+    big = copy(tmp_path / "big")
+    with (big / "model-2.safetensors").open("wb") as file:
+        file.truncate(10 * WEIGHTS)  # it takes no place on the disk
+    limits = {"memory_soft_bytes": 8 * WEIGHTS, "memory_hard_bytes": 9 * WEIGHTS}
+    running = Running(
+        MlxEngine(
+            {"a": MODEL, "b": MODEL, "big": big}, pre_warm=["a"], measure_memory=memory_of_mlx(), **limits
+        )
+    )
+    running.ask("Tell me a story.", model_id="b")
+    running.jobs.wait_until(lambda: running.jobs.cached_prefixes)
+    kept = running.jobs.cached_prefixes
+    refused = running.ask("Hello", model_id="big").end
+    assert refused.code == "MODEL_LOAD_FAILED"
+    assert all(str(number) in refused.message for number in (11 * WEIGHTS, 9 * WEIGHTS))
+    assert (loaded(running), running.jobs.cached_prefixes) == ({"a", "b"}, kept)
+    running.stop()
+
+
+def test_idle_models_stay_where_their_going_would_not_make_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mlx_serving_router.mlx import _loading, _residency
+    from mlx_serving_router.mlx._memory import Memory
+    from mlx_serving_router.mlx._models import LoadedModel
+    from mlx_serving_router.mlx._residency import Models
+
+    sizes = {"busy": 30, "idle": 30, "big": 50}
+    for name, size in sizes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
+
+    class Loads(_loading.Load):
+        def __init__(self, name: str, location: Any) -> None:
+            self.name, self.location, self.began = name, location, 0.0
+            self._result = LoadedModel(
+                name=name,
+                nbytes=sizes[name],
+                model=None,
+                tokenizer=None,
+                context=1,
+                vocabulary=1,
+                decode=str,
+                end_tokens=frozenset(),
+            )
+
+        def join(self, seconds: float) -> bool:
+            return seconds > 0
+
+    monkeypatch.setattr(_residency, "Load", Loads)
+    now, others, kept = 1000.0, 0, 5
+    monkeypatch.setattr(_residency.time, "monotonic", lambda: now)
+    memory = Memory(100, 200, lambda: others + kept + sum(sizes[name] for name in models.loaded))
+    cleared: list[float] = []
+    monkeypatch.setattr(memory, "clear", lambda: cleared.append(now))
+
+    def trim(nbytes: int) -> bool:
+        nonlocal kept
+        trimmed, kept = min(kept, nbytes), max(0, kept - nbytes)
+        return trimmed > 0
+
+    models = Models(
+        {name: tmp_path / name for name in sizes},
+        memory,
+        load_timeout=None,
+        release=lambda _: None,
+        trim=trim,
+        kept=lambda: kept,
+    )
+
+    def look() -> None:
+        nonlocal now
+        models.advance(lambda: {"busy", "big"})
+        now += 0.05
+
+    for name in ("busy", "idle"):
+        models.want(name)
+        look()
+        look()
+    others = 21  # with busy and big: 101
+    models.want("big")
+    while models.loading and now < 1100:
+        look()
+    assert (models.loaded, kept) == (("busy", "idle"), 5)
+    assert len(cleared) < 1.1 * _residency.ROOM_WITHIN, "about once a second"
+    now += _residency.CROWDED_FOR
+    others = 20
+    models.want("big")
+    look()
+    look()
+    assert (models.loaded, kept) == (("busy", "big"), 0)
+
+
 # === failures ===
 
 
@@ -289,7 +388,7 @@ def test_the_pauses_between_tries_grow(monkeypatch: pytest.MonkeyPatch, tmp_path
             nonlocal tries
             tries += 1
             self.name, self.location, self.began = name, location, now
-            self._result = ValueError("broken")
+            self._result = ModelLoadError(name, str(location), "broken")
 
         def join(self, seconds: float) -> bool:
             return seconds > 0
@@ -301,6 +400,7 @@ def test_the_pauses_between_tries_grow(monkeypatch: pytest.MonkeyPatch, tmp_path
         load_timeout=None,
         release=lambda _: None,
         trim=lambda _: False,
+        kept=lambda: 0,
     )
 
     def is_refused() -> bool:
@@ -321,6 +421,53 @@ def test_the_pauses_between_tries_grow(monkeypatch: pytest.MonkeyPatch, tmp_path
         waited.append(now - failed_at)
     assert waited == [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0]
     assert tries == 8
+
+
+def test_a_refused_job_and_what_a_failed_load_had_built_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_serving_router.mlx import ModelLoadError, _models
+
+    built: list[weakref.ref[Any]] = []
+
+    def refuse(name: str, location: Any, model: Any) -> None:
+        built.append(weakref.ref(model))
+        raise ModelLoadError(name, str(location), "it does not fit")
+
+    monkeypatch.setattr(_models, "_check_batching", refuse)
+    running = engine("a")
+    refused = [job(f"Question {number}", model_id="a") for number in range(3)]
+    for one in refused:
+        running.ask_all([one])
+        assert "it does not fit" in one.end.message
+    jobs = [weakref.ref(one) for one in refused]
+    refused.clear()
+    del one
+    gc.collect()
+    assert [held() for held in (*jobs, *built)] == [None] * 4
+    running.stop()
+
+
+@pytest.mark.parametrize("place", ["size_of", "folder_of", "Load"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ESTALE, "Stale file handle"), RuntimeError("cannot start a thread"), ValueError("no id")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_machine_refuses_about_one_model_fails_that_model_alone(
+    place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_serving_router.mlx import _residency
+
+    running = engine("good", "bad")
+    assert bees(running, "good") == BEES
+
+    def broken(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(_residency, place, broken)
+    refused = running.ask("Hello", model_id="bad").end
+    assert (refused.code, str(error) in refused.message) == ("MODEL_LOAD_FAILED", True)
+    assert bees(running, "good") == BEES
+    running.stop()
 
 
 # === pre-warming ===
@@ -377,6 +524,19 @@ def test_a_model_that_takes_too_long_counts_as_failed_until_it_is_there(
     while again.end.code is not None:
         again = running.ask("What do bees make?", model_id="slow")
     assert (again.text, held.loads) == (BEES, ["slow", "quick"])
+    running.stop()
+
+
+def test_a_model_that_is_late_is_taken_in_without_anybody_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_serving_router.mlx import _service
+
+    monkeypatch.setattr(_service, "_MEASURE_EVERY", 0.001)  # nothing else wakes the engine
+    held = HeldLoads(monkeypatch, "slow")
+    running = engine("slow", "quick", pre_warm=None, load_timeout=0.3)
+    assert running.ask("Hello", model_id="slow").end.code == "MODEL_LOAD_FAILED"
+    held.let_go()
+    running.jobs.wait_until(lambda: loaded(running) == {"slow", "quick"})
+    assert bees(running, "slow") == BEES
     running.stop()
 
 

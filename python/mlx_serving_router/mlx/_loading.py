@@ -8,11 +8,12 @@ still until all of it was read.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
 from mlx_serving_router._native import Thread
-from mlx_serving_router.mlx._models import LoadedModel, ModelLoadError
+from mlx_serving_router.mlx._models import LoadedModel, ModelLoadError, describe
 
 if TYPE_CHECKING:
     from mlx_serving_router.mlx._models import Location
@@ -30,7 +31,7 @@ class Load:
         self.name = name
         self.location = location
         self.began = time.monotonic()
-        self._result: LoadedModel | BaseException | None = None
+        self._result: LoadedModel | ModelLoadError | None = None
         self._thread = Thread(self._run, name="mlx-load")
 
     @property
@@ -43,14 +44,14 @@ class Load:
 
         Raises:
             ModelLoadError: It cannot be loaded.
+            RuntimeError: It is not done, or the result was taken before.
         """
         result, self._result = self._result, None
-        if isinstance(result, LoadedModel):
-            return result
+        if result is None:
+            raise RuntimeError(f"model {self.name!r} is still being loaded")
         if isinstance(result, ModelLoadError):
-            raise result
-        words = f"loading it failed ({type(result).__name__}: {result})"
-        raise ModelLoadError(self.name, str(self.location), words) from result
+            raise result.anew()
+        return result
 
     def join(self, seconds: float) -> bool:
         """Wait until its thread is gone. False: it is still there after so many seconds."""
@@ -60,4 +61,9 @@ class Load:
         try:
             self._result = LoadedModel.load(self.name, self.location)
         except BaseException as error:  # noqa: BLE001 whatever it is, it is told to whoever asks for the model
-            self._result = error
+            # The error itself holds the frames that it went through, and they a model that is half built.
+            if isinstance(error, ModelLoadError):
+                self._result = error.anew()
+            else:
+                words = f"loading it failed ({describe(error)})"
+                self._result = ModelLoadError(self.name, os.fspath(self.location), words)

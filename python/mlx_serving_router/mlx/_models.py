@@ -43,12 +43,18 @@ class ModelLoadError(RuntimeError):
         self.reason = reason
         self.missing = tuple(missing)
 
+    def anew(self) -> ModelLoadError:
+        """The same error without where it was raised and why: that holds what those functions work with."""
+        return ModelLoadError(self.model, self.location, self.reason, missing=self.missing)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model in memory, and what the engine has to know of it."""
 
     name: str
+    nbytes: int
+    """What its weights take in memory."""
     model: Any
     tokenizer: Any
     context: int
@@ -78,17 +84,19 @@ class LoadedModel:
             model, tokenizer, config = mlx_lm.load(place, return_config=True)
             vocabulary = _logits_of_one_token(model)
             evaluate(model)
+            nbytes = _weights_of(model)
         except Exception as error:
             if is_hub_id(location):
-                reason = f"no such folder, and the Hugging Face Hub did not give it ({_describe(error)})"
+                reason = f"no such folder, and the Hugging Face Hub did not give it ({describe(error)})"
             else:
-                reason = f"mlx-lm cannot read it; its files may be damaged or too new ({_describe(error)})"
+                reason = f"mlx-lm cannot read it; its files may be damaged or too new ({describe(error)})"
             raise ModelLoadError(name, os.fspath(location), reason) from error
         _check_batching(name, location, model)
         logger.info("loaded model %s from %s in %.1f s", name, place, time.monotonic() - started)
         text = {**config, **config.get("text_config", {})}
         return cls(
             name=name,
+            nbytes=nbytes,
             model=model,
             tokenizer=tokenizer,
             context=text.get("max_position_embeddings") or 2**31,
@@ -105,6 +113,13 @@ def _logits_of_one_token(model: Any) -> int:
     logits = model(mx.array([[0]]), cache=make_prompt_cache(model))
     mx.eval(logits)
     return int(logits.shape[-1])
+
+
+def _weights_of(model: Any) -> int:
+    from mlx.utils import tree_flatten
+
+    leaves: list[Any] = tree_flatten(model.parameters())
+    return sum(leaf.nbytes for _, leaf in leaves)
 
 
 def evaluate(model: Any) -> None:
@@ -217,12 +232,13 @@ def check_folder(name: str, folder: Path) -> None:
             try:
                 shards = json.loads((folder / file).read_bytes()).get("weight_map", {}).values()
             except (ValueError, AttributeError, OSError) as error:
-                raise refuse(f"its {file} cannot be read ({_describe(error)})") from error
+                raise refuse(f"its {file} cannot be read ({describe(error)})") from error
             missing += [shard for shard in sorted(set(shards)) if not (folder / shard).exists()]
     if missing:
         raise refuse(f"it has no {', '.join(missing)}", missing)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
     words = str(error).strip().splitlines()
     return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving_router.mlx._loading import Load
-from mlx_serving_router.mlx._models import WEIGHTS, ModelLoadError, folder_of, size_of
+from mlx_serving_router.mlx._models import WEIGHTS, ModelLoadError, describe, folder_of, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,6 +44,7 @@ class NoRoomError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class _Failure:
     error: ModelLoadError
+    """Never raised itself: it would gather, and hold, the frames of all requests that it is raised for."""
     times: int
     until: float
 
@@ -57,6 +58,7 @@ class Models:
         load_timeout: Seconds after which a load counts as failed; `None`: never.
         release: Called with the name of a model that goes: nothing may hold it any longer.
         trim: Called with bytes that are wanted: gives up what was kept for prompts, or says that nothing is.
+        kept: Gives the bytes that are kept for prompts.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class Models:
         load_timeout: float | None,
         release: Callable[[str], None],
         trim: Callable[[int], bool],
+        kept: Callable[[], int],
     ) -> None:
         self._locations = dict(locations)
         self._memory = memory
         self._load_timeout = load_timeout
         self._release = release
         self._trim = trim
+        self._kept = kept
         self._loaded: dict[str, LoadedModel] = {}  # the one used last is last
         self._load: Load | None = None
         self._late: list[Load] = []  # they count as failed, and are not over
@@ -83,6 +87,7 @@ class Models:
         self._failures: dict[str, _Failure] = {}
         self._crowded: dict[str, float] = {}
         self._look_at = 0.0
+        self._cleared: object = None  # the occasion on which memory was given back last
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -95,6 +100,11 @@ class Models:
         return (*(() if self._load is None else (self._load.name,)), *self._wanted)
 
     @property
+    def pending(self) -> bool:
+        """Whether anything is on its way, or waits for its turn: also what is late, and comes after all."""
+        return bool(self._late or self.loading)
+
+    @property
     def warming(self) -> bool:
         """Whether models are still to be pre-warmed."""
         return bool(self._warming)
@@ -103,7 +113,7 @@ class Models:
     def hopeless(self) -> ModelLoadError | None:
         """The first failure, where every model has failed."""
         if self._locations.keys() <= self._failures.keys():
-            return self._failures[next(iter(self._locations))].error
+            return self._failures[next(iter(self._locations))].error.anew()
         return None
 
     def get(self, name: str) -> LoadedModel | None:
@@ -132,7 +142,7 @@ class Models:
         now = time.monotonic()
         failure = self._failures.get(name)
         if failure is not None and (now < failure.until or any(load.name == name for load in self._late)):
-            raise failure.error
+            raise failure.error.anew()
         if now < self._crowded.get(name, now):
             raise NoRoomError(f"there is no memory for model {name!r} beside those that have requests")
         if self._load is None or self._load.name != name:
@@ -146,13 +156,8 @@ class Models:
             busy: Gives the models that have requests, running or waiting.
         """
         now = time.monotonic()
-        for load in [load for load in self._late if load.done]:
-            self._late.remove(load)
-            self._receive(load, now)
-        if self._load is not None and self._load.done:
-            load, self._load = self._load, None
-            self._receive(load, now)
-        elif self._load is not None and self._is_late(self._load, now):
+        self.take_in()
+        if self._load is not None and self._is_late(self._load, now):
             load, self._load = self._load, None
             self._late.append(load)
             words = f"it is not loaded after {self._load_timeout:g} s"
@@ -160,6 +165,16 @@ class Models:
         if self._load is None and self._wanted and now >= self._look_at:
             self._look_at = now + _LOOK_AGAIN
             self._begin(busy(), now)
+
+    def take_in(self) -> None:
+        """Take in what has been loaded, and nothing else."""
+        now = time.monotonic()
+        for load in [load for load in self._late if load.done]:
+            self._late.remove(load)
+            self._receive(load, now)
+        if self._load is not None and self._load.done:
+            load, self._load = self._load, None
+            self._receive(load, now)
 
     def evict_idle(self, busy: Collection[str]) -> bool:
         """Let the idle model go that was used least recently, unless it is the only one that is left."""
@@ -201,7 +216,7 @@ class Models:
         before = self._failures.get(error.model)
         times = 1 if before is None else before.times + 1
         pause = min(FIRST_PAUSE * 2.0 ** (times - 1), LONGEST_PAUSE)
-        self._failures[error.model] = _Failure(error=error, times=times, until=now + pause)
+        self._failures[error.model] = _Failure(error=error.anew(), times=times, until=now + pause)
         self._warming.discard(error.model)
         logger.error(
             "%s; it is tried again when a request asks for it, in %.0f s at the earliest", error, pause
@@ -212,15 +227,20 @@ class Models:
         for name, since in list(self._wanted.items()):
             try:
                 # What is pre-warmed pushes nobody out.
-                room = self._make_room(name, self._loaded if since is None else busy)
+                if self._make_room(name, self._loaded if since is None else busy, now):
+                    self._load = Load(name, self._locations[name])
+                    del self._wanted[name]
+                    return
             except ModelLoadError as error:
                 del self._wanted[name]
                 self._fail(error, now)
                 continue
-            if room:
+            except (OSError, RuntimeError, ValueError) as error:
+                # Its folder cannot be read or goes just now, its id is none, or there is no thread to be had.
                 del self._wanted[name]
-                self._load = Load(name, self._locations[name])
-                return
+                words = f"loading it cannot begin ({describe(error)})"
+                self._fail(ModelLoadError(name, os.fspath(self._locations[name]), words), now)
+                continue
             if since is None:
                 del self._wanted[name]
                 self._warming.discard(name)
@@ -231,16 +251,34 @@ class Models:
                 del self._wanted[name]
                 self._crowded[name] = now + CROWDED_FOR
 
-    def _make_room(self, name: str, busy: Collection[str]) -> bool:
-        """Whether there is room by now.
+    def _make_room(self, name: str, busy: Collection[str], now: float) -> bool:
+        """Whether there is room by now. What is in memory stays there unless it is enough that it goes.
 
         Raises:
             ModelLoadError: There will never be.
+            OSError: Its folder cannot be read.
+            RuntimeError, ValueError: Its location is none.
         """
         folder = folder_of(self._locations[name])
         need = 0 if folder is None or not folder.is_dir() else size_of(folder, WEIGHTS)
-        if self._memory.used() + need > self._memory.soft:
+        if need > self._memory.hard:
+            raise self._too_large(name, need)
+        if self._memory.used() + need <= self._memory.soft:
+            return True
+        idle = [other for other in self._loaded if other not in busy]
+        # That takes a while: not at every look, but when it may have changed something.
+        occasion = (name, idle, int(now))
+        if self._cleared != occasion:
+            self._cleared = occasion
             self._memory.clear()
+        alone = len(idle) == len(self._loaded)
+        limit = self._memory.hard if alone else self._memory.soft
+        spare = self._kept() + sum(self._loaded[other].nbytes for other in idle)
+        used = self._memory.used()
+        if used - spare + need > limit:
+            if alone:
+                raise self._too_large(name, need, used - spare)
+            return False
         while (missing := self._memory.used() + need - self._memory.soft) > 0:
             victim = next((other for other in self._loaded if other not in busy), None)
             if victim is not None:
@@ -254,10 +292,12 @@ class Models:
         used = self._memory.used()
         if used + need <= self._memory.hard:
             return True
-        reason = (
-            f"its weights have {need} bytes, {used} are in use, and the memory limit is {self._memory.hard}"
-        )
-        raise ModelLoadError(name, os.fspath(self._locations[name]), reason)
+        raise self._too_large(name, need, used)
+
+    def _too_large(self, name: str, need: int, others: int = 0) -> ModelLoadError:
+        beside = f", {others} are in use by others" if others > 0 else ""
+        reason = f"its weights have {need} bytes{beside}, and the memory limit is {self._memory.hard}"
+        return ModelLoadError(name, os.fspath(self._locations[name]), reason)
 
     def _evict(self, name: str) -> None:
         self._release(name)

@@ -67,7 +67,12 @@ class Service:
         self._locations = locations
         self._memory = memory
         self._models = Models(
-            locations, memory, load_timeout=load_timeout, release=self._release, trim=self._trim
+            locations,
+            memory,
+            load_timeout=load_timeout,
+            release=self._release,
+            trim=self._trim,
+            kept=lambda: self._caches.nbytes,
         )
         self._max_concurrent = max_concurrent
         self._max_tokens = max_tokens
@@ -113,10 +118,11 @@ class Service:
             timeout = self._patience() if active == 0 else 0
             while active < self._max_concurrent and (job := self._jobs.get(timeout)) is not None:
                 timeout = 0
+                self._models.take_in()  # its model may have come while nobody asked
                 self._admit(job)
                 del job  # a job is over when nobody holds it; the next one may be long in coming
                 active = self._active()
-            self._to_measure |= active > 0 or bool(self._models.loading)
+            self._to_measure |= active > 0 or self._models.pending
             self._step()
             active = self._active()
 
@@ -166,7 +172,7 @@ class Service:
 
     def _patience(self) -> float | None:
         """How long to wait for a job while there is no other work."""
-        if self._models.loading:
+        if self._models.pending:
             return _LOOK_AT_LOADS
         # Without work memory does not grow; where it is short, others may give some back.
         return _MEASURE_EVERY if self._to_measure or self._refused is not None else None
