@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::core::Core;
 use crate::config::StaticWorker;
@@ -46,23 +46,18 @@ pub(super) async fn watch(core: Arc<Core>, config: StaticWorker) {
     let Ok(worker) = WorkerId::new(&config.worker_id) else { return };
     let interval = Duration::from_millis(core.config.discovery.heartbeat_interval_ms);
     let http = core.http.clone();
-    let mut watch = Watch {
-        core,
-        worker: worker.clone(),
-        config,
-        incarnation: String::new(),
-        sequence: 0,
-        models: Vec::new(),
-        asked: None,
-        told: None,
-    };
+    let models = config.served().into_iter().flatten().map(|(name, _)| name.to_owned()).collect();
+    let mut watch =
+        Watch { core, worker: worker.clone(), config, incarnation: String::new(), sequence: 0, models, asked: None, told: None };
     loop {
+        let began = Instant::now();
         let is_there = watch.look(interval.min(LOOK_LONGEST)).await;
         let wait = if is_there { interval } else { interval.min(AWAY_EVERY) };
         let apart = wait.min(APART);
         sleep(apart).await;
         tokio::select! {
-            () = sleep(wait - apart) => {}
+            // From one look's beginning to the next one's: a slow server is not to be heard from less often.
+            () = sleep_until(began + wait) => {}
             () = http.doubted(&worker) => {}
         }
     }
@@ -71,49 +66,50 @@ pub(super) async fn watch(core: Arc<Core>, config: StaticWorker) {
 // === impl Watch ===
 
 impl Watch {
-    /// Looks once; whether it is there.
+    /// Looks once; whether it is there. That it is counts before it is asked for its models, which may take long.
     async fn look(&mut self, limit: Duration) -> bool {
-        let seen = match self.core.http.look(&self.worker, limit).await {
-            Ok(()) => self.ask_for_models(limit).await,
-            Err(absence) => Err(absence),
-        };
-        let now = Instant::now();
-        match seen {
-            Ok(are_others) => {
-                self.is_there(are_others, now);
-                true
+        let mut seen = self.core.http.look(&self.worker, limit).await;
+        if seen.is_ok() {
+            if !self.models.is_empty() {
+                self.is_there(false, Instant::now());
             }
-            Err(absence) => {
-                if absence == Absence::NobodyListens {
-                    self.core.router.lost(&self.worker, &self.incarnation, now);
+            seen = match self.ask_for_models(limit).await {
+                Ok(true) => {
+                    self.is_there(true, Instant::now());
+                    Ok(())
                 }
-                self.tell(Some(absence.to_string()));
-                false
-            }
+                Ok(false) => Ok(()),
+                Err(absence) => Err(absence),
+            };
         }
+        let Err(absence) = seen else { return true };
+        if absence == Absence::NobodyListens {
+            self.core.router.lost(&self.worker, &self.incarnation, Instant::now());
+        }
+        self.tell(Some(absence.to_string()));
+        false
     }
 
-    /// Whether it serves others than before.
+    /// Whether it serves others than before. One that is known to serve something is asked every so often, whatever it answers.
     async fn ask_for_models(&mut self, limit: Duration) -> Result<bool, Absence> {
+        let is_known = !self.models.is_empty();
         let now = Instant::now();
-        let models = match self.config.served() {
-            Some(served) if self.models.is_empty() => served.into_iter().map(|(name, _)| name.to_owned()).collect(),
-            Some(_) => return Ok(false),
-            None if self.asked.is_some_and(|asked| now.saturating_duration_since(asked) < MODELS_EVERY) => return Ok(false),
-            None => match self.core.http.models(&self.worker, limit).await {
-                Ok(models) => models,
-                // It serves what it did.
-                Err(_) if !self.models.is_empty() => return Ok(false),
-                Err(Absence::Unfit(why)) => {
-                    return Err(Absence::Unfit(format!("{why}; say what it serves in workers.static[].models")));
-                }
-                Err(absence) => return Err(absence),
-            },
-        };
+        let is_recent = self.asked.is_some_and(|asked| now.saturating_duration_since(asked) < MODELS_EVERY);
+        if self.config.served().is_some() || is_known && is_recent {
+            return Ok(false);
+        }
         self.asked = Some(now);
-        let are_others = models != self.models;
-        self.models = models;
-        Ok(are_others)
+        match self.core.http.models(&self.worker, limit).await {
+            Ok(models) => {
+                let are_others = models != self.models;
+                self.models = models;
+                Ok(are_others)
+            }
+            // It serves what it did.
+            Err(_) if is_known => Ok(false),
+            Err(Absence::Unfit(why)) => Err(Absence::Unfit(format!("{why}; say what it serves in workers.static[].models"))),
+            Err(absence) => Err(absence),
+        }
     }
 
     fn is_there(&mut self, are_others: bool, now: Instant) {

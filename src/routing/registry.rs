@@ -227,9 +227,13 @@ impl Registry {
         true
     }
 
-    /// This life of a worker is known to be over: it need not be waited for its silence.
+    /// This life of a worker is known to be over: it need not be waited for its silence. Only of a worker that is looked at can
+    /// it be known; one on NATS may have the same name, and those of the older dialect have empty incarnations.
     pub(super) fn lost(&mut self, id: &str, incarnation: &str, now: Instant, effects: &mut Effects) {
         let Some(worker) = self.members.get(id).map(|member| member.worker.clone()) else { return };
+        if incarnation.is_empty() || worker.carrier != Carrier::Http {
+            return;
+        }
         if *worker.incarnation == *incarnation && worker.live().offline.is_none() {
             effects.gone.push(worker.live().gone.clone());
             self.change(&worker, effects, |live| live.offline = Some(now));

@@ -295,6 +295,8 @@ fn a_worker_of_the_older_dialect_is_known_by_its_heartbeats() {
     assert_eq!(world.beat(&older), HeartbeatVerdict::Taken);
     let lease = world.select().unwrap();
     assert!(lease.is_legacy() && world.worker("old").legacy);
+    world.router.lost(&id("old"), "", world.now);
+    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, false), "nobody looked at it");
     world.router.deregister(&id("old"), world.now);
     lease.end(Outcome::Success, world.now);
     world.router.expire(world.now);

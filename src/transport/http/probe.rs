@@ -115,7 +115,8 @@ impl HttpTransport {
             }
         })?;
         let status = response.status();
-        let (body, _) = collect(response.into_body(), most).await;
+        let mut body = Vec::new();
+        collect(response.into_body(), most, &mut body).await;
         Ok((status, body))
     }
 }
