@@ -1,8 +1,9 @@
 //! Workers that do not announce themselves: each is looked at every so often, and what is seen reaches the registry as its
 //! registration and its heartbeats.
 //!
-//! A server that answers after it was away is another life of its worker, with a breaker of its own: nobody can tell whether
-//! it was started anew. One that nobody listens for is offline at once; one that is silent, as any worker is.
+//! One that nobody listens for gets nothing new at once; when it answers again it is another life of its worker, with a breaker
+//! of its own, for it was probably started anew. One that is silent or unwell goes offline as any worker does, and comes back
+//! as what it was.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +34,8 @@ struct Watch {
     /// The life that is registered; empty before the first.
     incarnation: String,
     sequence: u64,
+    /// Nobody listened for this life: the next answer is another one's.
+    is_over: bool,
     models: Vec<String>,
     /// When it was asked for them.
     asked: Option<Instant>,
@@ -47,8 +50,17 @@ pub(super) async fn watch(core: Arc<Core>, config: StaticWorker) {
     let interval = Duration::from_millis(core.config.discovery.heartbeat_interval_ms);
     let http = core.http.clone();
     let models = config.served().into_iter().flatten().map(|(name, _)| name.to_owned()).collect();
-    let mut watch =
-        Watch { core, worker: worker.clone(), config, incarnation: String::new(), sequence: 0, models, asked: None, told: None };
+    let mut watch = Watch {
+        core,
+        worker: worker.clone(),
+        config,
+        incarnation: String::new(),
+        sequence: 0,
+        is_over: false,
+        models,
+        asked: None,
+        told: None,
+    };
     loop {
         let began = Instant::now();
         let is_there = watch.look(interval.min(LOOK_LONGEST)).await;
@@ -84,6 +96,7 @@ impl Watch {
         }
         let Err(absence) = seen else { return true };
         if absence == Absence::NobodyListens {
+            self.is_over = true;
             self.core.router.lost(&self.worker, &self.incarnation, Instant::now());
         }
         self.tell(Some(absence.to_string()));
@@ -122,7 +135,7 @@ impl Watch {
             self.tell(Some(what));
             return;
         }
-        let lives = known.is_some_and(|known| known.status != WorkerStatus::Offline && known.incarnation == self.incarnation);
+        let lives = !self.is_over && known.is_some_and(|known| known.incarnation == self.incarnation);
         if lives && !are_others && router.heartbeat(&self.heartbeat(), &|_| false, now) == HeartbeatVerdict::Taken {
             self.tell(None);
             return;
@@ -130,6 +143,7 @@ impl Watch {
         if !lives {
             self.incarnation = uuid::Uuid::new_v4().to_string();
             self.sequence = 0;
+            self.is_over = false;
         }
         if let Registered::Ignored(IgnoredBecause::FleetFull) = router.register(&self.registration(), Carrier::Http, now) {
             let max = self.core.config.controller.max_workers;

@@ -3,6 +3,7 @@
 use std::error::Error as _;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use hyper_util::client::legacy::{Builder, Client as Pool, Error, ResponseFuture}
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use super::answer::protocol_error;
+use super::server::Work;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::{Delivery, Postbox};
 use crate::wire::Reply;
@@ -26,8 +28,9 @@ const IDLE_MOST: usize = 256;
 const IDLE_LONGEST: Duration = Duration::from_secs(4);
 /// So much of a head, or of a body that nobody reads, is kept at most.
 const BUFFER: usize = 128 * 1024;
-/// A connection whose other end has vanished is noticed after a few of these.
+/// A connection whose other end has vanished is noticed after a minute: so long it is quiet, and then asked so often.
 const KEEPALIVE: Duration = Duration::from_secs(15);
+const KEEPALIVE_RETRIES: u32 = 3;
 
 /// Sends requests. It asks no proxy and follows no redirection.
 pub(super) struct Client {
@@ -40,7 +43,7 @@ pub(super) struct Client {
 /// The body of a request. Once there is a connection and the body is written to it, whoever waits is told so.
 pub(super) struct Payload {
     bytes: Bytes,
-    begun: Option<Postbox>,
+    begun: Option<(Postbox, Arc<Work>)>,
 }
 
 // === impl Client ===
@@ -54,6 +57,8 @@ impl Client {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_keepalive(Some(KEEPALIVE));
+        connector.set_keepalive_interval(Some(KEEPALIVE));
+        connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
         connector.set_connect_timeout(Some(connect_limit));
         let mut secure = None;
         if with_tls {
@@ -130,8 +135,8 @@ fn causes(error: &Error) -> impl Iterator<Item = &(dyn std::error::Error + 'stat
 
 impl Payload {
     /// A body, and who is to know when it is on its way.
-    pub(super) fn new(bytes: Vec<u8>, begun: Postbox) -> Self {
-        Self { bytes: bytes.into(), begun: Some(begun) }
+    pub(super) fn new(bytes: Vec<u8>, postbox: Postbox, work: Arc<Work>) -> Self {
+        Self { bytes: bytes.into(), begun: Some((postbox, work)) }
     }
 
     /// None at all.
@@ -145,7 +150,8 @@ impl Body for Payload {
     type Error = std::convert::Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        if let Some(postbox) = self.begun.take() {
+        if let Some((postbox, work)) = self.begun.take() {
+            work.take();
             postbox.post(Delivery::Reply(Reply::Accepted { queue_position: 0 }));
         }
         let bytes = std::mem::take(&mut self.bytes);

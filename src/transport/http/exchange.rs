@@ -18,7 +18,7 @@ use super::answer::{Answer, protocol_error};
 use super::client::{Client, Payload};
 use super::refusal;
 use super::request;
-use super::server::Server;
+use super::server::{Server, Work};
 use super::sse::Decoder;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::{Delivery, Outgoing, Postbox};
@@ -41,21 +41,29 @@ pub(super) const AGENT: HeaderValue = HeaderValue::from_static(concat!("mlx-serv
 
 /// Runs an attempt until its answer has been posted, or nobody waits for it.
 pub(super) async fn run(client: Arc<Client>, server: Arc<Server>, outgoing: Outgoing, postbox: Postbox) {
+    let work = Work::new(server.clone());
     let rest = tokio::select! {
         biased;
         // With the response the connection goes, and the server notices.
         () = postbox.closed() => None,
-        rest = exchange(&client, &server, &outgoing, &postbox) => rest,
+        rest = exchange(&client, &server, &work, &outgoing, &postbox) => rest,
     };
+    drop(work);
     if let Some(rest) = rest {
         drain(rest).await;
     }
 }
 
 /// The rest of a body whose answer is complete, if there may be some.
-async fn exchange(client: &Client, server: &Server, outgoing: &Outgoing, postbox: &Postbox) -> Option<Incoming> {
+async fn exchange(
+    client: &Client,
+    server: &Server,
+    work: &Arc<Work>,
+    outgoing: &Outgoing,
+    postbox: &Postbox,
+) -> Option<Incoming> {
     let began = Instant::now();
-    match answer(client, server, outgoing, postbox, began).await {
+    match answer(client, server, work, outgoing, postbox, began).await {
         Ok((reply, rest)) => {
             postbox.post_in_time(Delivery::Reply(reply)).await;
             rest
@@ -71,11 +79,12 @@ async fn exchange(client: &Client, server: &Server, outgoing: &Outgoing, postbox
 async fn answer(
     client: &Client,
     server: &Server,
+    work: &Arc<Work>,
     outgoing: &Outgoing,
     postbox: &Postbox,
     began: Instant,
 ) -> Result<(Reply, Option<Incoming>), ControllerError> {
-    let request = build(server, outgoing, postbox)?;
+    let request = build(server, work, outgoing, postbox)?;
     let uri = request.uri().clone();
     let response = client.send(request).await.map_err(|error| client.failure(&error, &uri))?;
     server.heard();
@@ -86,14 +95,15 @@ async fn answer(
         let _ = timeout(WORDS_LONGEST, collect(body, WORDS_MOST, &mut words)).await;
         return Err(refusal::by_status(head.status, &head.headers, &words, &uri));
     }
+    server.took_key();
     read(server, response, postbox, began).await
 }
 
-fn build(server: &Server, outgoing: &Outgoing, postbox: &Postbox) -> Result<Request<Payload>, ControllerError> {
+fn build(server: &Server, work: &Arc<Work>, outgoing: &Outgoing, postbox: &Postbox) -> Result<Request<Payload>, ControllerError> {
     let asked = &outgoing.request;
     let uri = if asked.messages.is_some() { &server.chat } else { &server.text };
     let body = request::body(asked, server.own_name(&asked.model_id))?;
-    let mut request = Request::new(Payload::new(body, postbox.clone()));
+    let mut request = Request::new(Payload::new(body, postbox.clone(), work.clone()));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = uri.clone();
     let headers = request.headers_mut();

@@ -51,8 +51,11 @@ impl HttpTransport {
     /// It cannot, or nobody knows.
     pub async fn look(&self, worker: &WorkerId, limit: Duration) -> Result<(), Absence> {
         let Some(server) = self.server(worker) else { return Err(Absence::NobodyListens) };
-        match timeout(limit, self.is_fit(server)).await.unwrap_or(Err(Absence::Silent)) {
-            Err(Absence::Silent) if server.was_heard() => Ok(()),
+        let said = timeout(limit, self.is_fit(server)).await.unwrap_or(Err(Absence::Silent));
+        // Asked at every look: what came before this one says nothing at the next.
+        let shows_life = server.shows_life();
+        match said {
+            Err(Absence::Silent) if shows_life => Ok(()),
             said => said,
         }
     }
