@@ -99,8 +99,20 @@ impl Watch {
             self.is_over = true;
             self.core.router.lost(&self.worker, &self.incarnation, Instant::now());
         }
+        if matches!(absence, Absence::Unknown(_)) {
+            self.stays(Instant::now());
+        }
         self.tell(Some(absence.to_string()));
         false
+    }
+
+    /// Nobody could look: who was there still is.
+    fn stays(&mut self, now: Instant) {
+        let known = self.core.router.worker(&self.worker, now);
+        if known.is_some_and(|known| known.status != WorkerStatus::Offline && known.incarnation == self.incarnation) {
+            let heartbeat = self.heartbeat();
+            self.core.router.heartbeat(&heartbeat, &|_| false, now);
+        }
     }
 
     /// Whether it serves others than before. One that is known to serve something is asked every so often, whatever it answers.

@@ -82,6 +82,10 @@ impl Client {
     pub(super) fn failure(&self, error: &Error, server: &Uri) -> ControllerError {
         let unavailable = |what: String| ControllerError::new(ControllerErrorCode::WorkerUnavailable, what);
         let where_ = server.authority().map_or_else(String::new, |authority| format!(" at {authority}"));
+        if is_our_lack(error) {
+            let what = format!("this controller has no files, ports or network for a connection: {}", innermost(error));
+            return ControllerError::new(ControllerErrorCode::ControllerNotReady, what);
+        }
         if error.is_connect() {
             let what = match find::<io::Error>(error).map(io::Error::kind) {
                 _ if is_refused(error) => format!("nobody listens{where_}"),
@@ -116,6 +120,17 @@ fn builder() -> Builder {
 /// Whether nobody listens at the server's address.
 pub(super) fn is_refused(error: &Error) -> bool {
     error.is_connect() && find::<io::Error>(error).is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// Whether a connection failed for want of something on this machine, of which no server can be blamed.
+pub(super) fn is_our_lack(error: &Error) -> bool {
+    error.is_connect() && find::<io::Error>(error).is_some_and(is_lack)
+}
+
+fn is_lack(error: &io::Error) -> bool {
+    // ENFILE and EMFILE, the same numbers on Linux and macOS, have no kind of their own.
+    matches!(error.raw_os_error(), Some(23 | 24))
+        || matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::NetworkDown)
 }
 
 /// The cause of this type.
@@ -164,5 +179,23 @@ impl Body for Payload {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.bytes.len() as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_this_machine_lacks_is_no_servers_fault() {
+        for number in [23, 24] {
+            assert!(is_lack(&io::Error::from_raw_os_error(number)), "{number}");
+        }
+        for kind in [io::ErrorKind::AddrNotAvailable, io::ErrorKind::NetworkDown] {
+            assert!(is_lack(&kind.into()), "{kind}");
+        }
+        for kind in [io::ErrorKind::ConnectionRefused, io::ErrorKind::HostUnreachable, io::ErrorKind::TimedOut] {
+            assert!(!is_lack(&kind.into()), "{kind}");
+        }
     }
 }

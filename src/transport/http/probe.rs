@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::HttpTransport;
-use super::client::{Payload, is_refused};
+use super::client::{Payload, is_our_lack, is_refused};
 use super::exchange::{AGENT, WORDS_MOST, collect};
 use super::server::Server;
 use crate::wire::WorkerId;
@@ -28,6 +28,8 @@ pub enum Absence {
     NobodyListens,
     /// It did not answer in time.
     Silent,
+    /// Nobody could look: this machine had no files, ports or network for it.
+    Unknown(String),
     /// It answered, but not well.
     Unfit(String),
 }
@@ -112,10 +114,10 @@ impl HttpTransport {
         }
         let response = self.client.send(request).await.map_err(|error| {
             if is_refused(&error) {
-                Absence::NobodyListens
-            } else {
-                Absence::Unfit(self.client.failure(&error, uri).message().into())
+                return Absence::NobodyListens;
             }
+            let why = self.client.failure(&error, uri).message().into();
+            if is_our_lack(&error) { Absence::Unknown(why) } else { Absence::Unfit(why) }
         })?;
         let status = response.status();
         let mut body = Vec::new();
@@ -146,7 +148,7 @@ impl std::fmt::Display for Absence {
         f.write_str(match self {
             Self::NobodyListens => "nobody listens at its address",
             Self::Silent => "it does not answer",
-            Self::Unfit(why) => why,
+            Self::Unknown(why) | Self::Unfit(why) => why,
         })
     }
 }
