@@ -226,6 +226,11 @@ fn what_no_type_says_is_checked_too() {
         ("workers: {static: [{workerId: a, url: 'http://a:1'}, {workerId: a, url: 'http://b:1'}]}", "workers.static"),
         ("workers: {static: [{workerId: a, url: 'http://u:p@a:1'}]}", "workers.static[0].url"),
         ("workers: {static: [{workerId: a, url: 'http://a:1/#x'}]}", "workers.static[0].url"),
+        ("workers: {static: [{workerId: a, url: 'http://a:80800'}]}", "workers.static[0].url"),
+        ("workers: {static: [{workerId: a, url: 'http://a:808O/v1'}]}", "workers.static[0].url"),
+        ("workers: {static: [{workerId: a, url: 'http://a:+80'}]}", "workers.static[0].url"),
+        ("workers: {static: [{workerId: a, url: 'http://a:'}]}", "workers.static[0].url"),
+        ("workers: {static: [{workerId: a, url: 'http://[::1]:0'}]}", "workers.static[0].url"),
         ("workers: {static: [{workerId: a, url: 'http://a:1', models: []}]}", "workers.static[0].models"),
         ("workers: {static: [{workerId: a, url: 'http://a:1', models: ['m=']}]}", "workers.static[0].models"),
         ("workers: {static: [{workerId: a, url: 'http://a:1', maxConcurrent: 0}]}", "workers.static[0].maxConcurrent"),
@@ -234,6 +239,9 @@ fn what_no_type_says_is_checked_too() {
     ] {
         let error = yaml(text).expect_err(text);
         assert_eq!((error.key.as_deref(), error.line), (Some(key), Some(1)), "{text}: {error}");
+    }
+    for good in ["http://a", "http://a:65535/v1", "http://[::1]", "https://[::1]:8080/", "http://a/b:c"] {
+        assert!(yaml(&format!("workers: {{static: [{{workerId: a, url: '{good}'}}]}}")).is_ok(), "{good}");
     }
     for good in ["team-a.", "a.b_2.", "''"] {
         assert!(yaml(&format!("nats: {{subjectPrefix: {good}}}")).is_ok(), "{good}");

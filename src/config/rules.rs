@@ -78,7 +78,20 @@ pub(super) fn http_url<C>(url: &str, _: &C) -> Result {
     with_scheme(url, &["http", "https"])?;
     match url.find(['@', '?', '#']) {
         Some(_) => refuse(format_args!("{:?} has more than an address; a key belongs into apiKey", redact::url(url))),
-        None => Ok(()),
+        None => with_port(url),
+    }
+}
+
+/// Where a port is said it is one: an address without would be asked at that of its scheme.
+fn with_port(url: &str) -> Result {
+    let authority = url.split_once("://").map_or(url, |(_, rest)| rest.split('/').next().unwrap_or(rest));
+    // An IPv6 address has colons of its own, within brackets.
+    let after_host = authority.rsplit_once(']').map_or(authority, |(_, after)| after);
+    match after_host.split_once(':') {
+        Some((_, port)) if !port.bytes().all(|byte| byte.is_ascii_digit()) || !port.parse::<u16>().is_ok_and(|port| port > 0) => {
+            refuse(format_args!("{:?} has the port {port:?}; expected a number from 1 to 65535", redact::url(url)))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,13 +1,14 @@
 //! Workers that do not announce themselves: each is looked at every so often, and what is seen reaches the registry as its
 //! registration and its heartbeats.
 //!
-//! A server that answers after it was away is another life of its worker, with a breaker of its own: nobody can tell whether
-//! it was started anew. One that nobody listens for is offline at once; one that is silent, as any worker is.
+//! One that nobody listens for gets nothing new at once; when it answers again it is another life of its worker, with a breaker
+//! of its own, for it was probably started anew. One that is silent or unwell goes offline as any worker does, and comes back
+//! as what it was.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::core::Core;
 use crate::config::StaticWorker;
@@ -33,6 +34,8 @@ struct Watch {
     /// The life that is registered; empty before the first.
     incarnation: String,
     sequence: u64,
+    /// Nobody listened for this life: the next answer is another one's.
+    is_over: bool,
     models: Vec<String>,
     /// When it was asked for them.
     asked: Option<Instant>,
@@ -46,23 +49,27 @@ pub(super) async fn watch(core: Arc<Core>, config: StaticWorker) {
     let Ok(worker) = WorkerId::new(&config.worker_id) else { return };
     let interval = Duration::from_millis(core.config.discovery.heartbeat_interval_ms);
     let http = core.http.clone();
+    let models = config.served().into_iter().flatten().map(|(name, _)| name.to_owned()).collect();
     let mut watch = Watch {
         core,
         worker: worker.clone(),
         config,
         incarnation: String::new(),
         sequence: 0,
-        models: Vec::new(),
+        is_over: false,
+        models,
         asked: None,
         told: None,
     };
     loop {
+        let began = Instant::now();
         let is_there = watch.look(interval.min(LOOK_LONGEST)).await;
         let wait = if is_there { interval } else { interval.min(AWAY_EVERY) };
         let apart = wait.min(APART);
         sleep(apart).await;
         tokio::select! {
-            () = sleep(wait - apart) => {}
+            // From one look's beginning to the next one's: a slow server is not to be heard from less often.
+            () = sleep_until(began + wait) => {}
             () = http.doubted(&worker) => {}
         }
     }
@@ -71,49 +78,63 @@ pub(super) async fn watch(core: Arc<Core>, config: StaticWorker) {
 // === impl Watch ===
 
 impl Watch {
-    /// Looks once; whether it is there.
+    /// Looks once; whether it is there. That it is counts before it is asked for its models, which may take long.
     async fn look(&mut self, limit: Duration) -> bool {
-        let seen = match self.core.http.look(&self.worker, limit).await {
-            Ok(()) => self.ask_for_models(limit).await,
-            Err(absence) => Err(absence),
-        };
-        let now = Instant::now();
-        match seen {
-            Ok(are_others) => {
-                self.is_there(are_others, now);
-                true
+        let mut seen = self.core.http.look(&self.worker, limit).await;
+        if seen.is_ok() {
+            if !self.models.is_empty() {
+                self.is_there(false, Instant::now());
             }
-            Err(absence) => {
-                if absence == Absence::NobodyListens {
-                    self.core.router.lost(&self.worker, &self.incarnation, now);
+            seen = match self.ask_for_models(limit).await {
+                Ok(true) => {
+                    self.is_there(true, Instant::now());
+                    Ok(())
                 }
-                self.tell(Some(absence.to_string()));
-                false
-            }
+                Ok(false) => Ok(()),
+                Err(absence) => Err(absence),
+            };
+        }
+        let Err(absence) = seen else { return true };
+        if absence == Absence::NobodyListens {
+            self.is_over = true;
+            self.core.router.lost(&self.worker, &self.incarnation, Instant::now());
+        }
+        if matches!(absence, Absence::Unknown(_)) {
+            self.stays(Instant::now());
+        }
+        self.tell(Some(absence.to_string()));
+        false
+    }
+
+    /// Nobody could look: who was there still is.
+    fn stays(&mut self, now: Instant) {
+        let known = self.core.router.worker(&self.worker, now);
+        if known.is_some_and(|known| known.status != WorkerStatus::Offline && known.incarnation == self.incarnation) {
+            let heartbeat = self.heartbeat();
+            self.core.router.heartbeat(&heartbeat, &|_| false, now);
         }
     }
 
-    /// Whether it serves others than before.
+    /// Whether it serves others than before. One that is known to serve something is asked every so often, whatever it answers.
     async fn ask_for_models(&mut self, limit: Duration) -> Result<bool, Absence> {
+        let is_known = !self.models.is_empty();
         let now = Instant::now();
-        let models = match self.config.served() {
-            Some(served) if self.models.is_empty() => served.into_iter().map(|(name, _)| name.to_owned()).collect(),
-            Some(_) => return Ok(false),
-            None if self.asked.is_some_and(|asked| now.saturating_duration_since(asked) < MODELS_EVERY) => return Ok(false),
-            None => match self.core.http.models(&self.worker, limit).await {
-                Ok(models) => models,
-                // It serves what it did.
-                Err(_) if !self.models.is_empty() => return Ok(false),
-                Err(Absence::Unfit(why)) => {
-                    return Err(Absence::Unfit(format!("{why}; say what it serves in workers.static[].models")));
-                }
-                Err(absence) => return Err(absence),
-            },
-        };
+        let is_recent = self.asked.is_some_and(|asked| now.saturating_duration_since(asked) < MODELS_EVERY);
+        if self.config.served().is_some() || is_known && is_recent {
+            return Ok(false);
+        }
         self.asked = Some(now);
-        let are_others = models != self.models;
-        self.models = models;
-        Ok(are_others)
+        match self.core.http.models(&self.worker, limit).await {
+            Ok(models) => {
+                let are_others = models != self.models;
+                self.models = models;
+                Ok(are_others)
+            }
+            // It serves what it did.
+            Err(_) if is_known => Ok(false),
+            Err(Absence::Unfit(why)) => Err(Absence::Unfit(format!("{why}; say what it serves in workers.static[].models"))),
+            Err(absence) => Err(absence),
+        }
     }
 
     fn is_there(&mut self, are_others: bool, now: Instant) {
@@ -126,7 +147,7 @@ impl Watch {
             self.tell(Some(what));
             return;
         }
-        let lives = known.is_some_and(|known| known.status != WorkerStatus::Offline && known.incarnation == self.incarnation);
+        let lives = !self.is_over && known.is_some_and(|known| known.incarnation == self.incarnation);
         if lives && !are_others && router.heartbeat(&self.heartbeat(), &|_| false, now) == HeartbeatVerdict::Taken {
             self.tell(None);
             return;
@@ -134,6 +155,7 @@ impl Watch {
         if !lives {
             self.incarnation = uuid::Uuid::new_v4().to_string();
             self.sequence = 0;
+            self.is_over = false;
         }
         if let Registered::Ignored(IgnoredBecause::FleetFull) = router.register(&self.registration(), Carrier::Http, now) {
             let max = self.core.config.controller.max_workers;

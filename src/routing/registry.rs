@@ -227,11 +227,15 @@ impl Registry {
         true
     }
 
-    /// This life of a worker is known to be over: it need not be waited for its silence.
+    /// This life of a worker seems to be over: nobody listens for it, and it gets nothing new. What it has goes on until it has
+    /// been silent for as long as others may be: one look may be refused while connections still serve. Only of a worker that is looked at can
+    /// it be known; one on NATS may have the same name, and those of the older dialect have empty incarnations.
     pub(super) fn lost(&mut self, id: &str, incarnation: &str, now: Instant, effects: &mut Effects) {
         let Some(worker) = self.members.get(id).map(|member| member.worker.clone()) else { return };
+        if incarnation.is_empty() || worker.carrier != Carrier::Http {
+            return;
+        }
         if *worker.incarnation == *incarnation && worker.live().offline.is_none() {
-            effects.gone.push(worker.live().gone.clone());
             self.change(&worker, effects, |live| live.offline = Some(now));
         }
     }
@@ -302,6 +306,8 @@ impl Registry {
             } else if let Some(at) = live.offline {
                 if now.saturating_duration_since(at) >= timeout * FORGOTTEN_AFTER {
                     over.push(worker.id.clone());
+                } else if silence >= timeout {
+                    effects.gone.push(live.gone.clone());
                 }
             } else if worker.carrier != Carrier::Local && silence >= timeout {
                 silent.push(worker.clone());
@@ -354,10 +360,17 @@ impl Registry {
         let Some(Member { worker: old, mut history }) = self.members.remove(id) else {
             return Registered::Ignored(IgnoredBecause::Superseded);
         };
-        let finishing = old.live().deregistered.is_some() && old.load.own() > 0;
+        let finishing = {
+            let live = old.live();
+            let is_lost = live.offline.is_some() && !live.gone.is_cancelled();
+            (live.deregistered.is_some() || is_lost) && old.load.own() > 0
+        };
         if finishing {
             self.version += 1;
-            old.change(|live| live.succeeded = true);
+            old.change(|live| {
+                live.succeeded = true;
+                live.deregistered.get_or_insert(now);
+            });
             self.leaving.push(old.clone());
         } else {
             self.leave(&old, effects);

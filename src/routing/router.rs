@@ -69,7 +69,8 @@ impl Router {
         self.with_registry(|registry, effects| registry.deregister(worker, now, effects));
     }
 
-    /// This life of a worker is known to be over: it goes offline without the time that silence takes.
+    /// Nobody listens for this life of a worker: it gets nothing new from now on. Its `gone` tokens fire after the time that
+    /// silence takes.
     pub fn lost(&self, worker: &WorkerId, incarnation: &str, now: Instant) {
         self.with_registry(|registry, effects| registry.lost(worker, incarnation, now, effects));
     }

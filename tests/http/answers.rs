@@ -107,6 +107,14 @@ async fn a_complete_answer_is_not_held_up_by_a_missing_end() {
 }
 
 #[tokio::test]
+async fn a_complete_answer_is_not_held_up_by_what_does_not_end() {
+    let server = Server::start(&[head(), token("x"), write(&finish()), Act::Flood(b": more\n\n".to_vec())]).await;
+    let controller = alone(&server, json!({})).await;
+    assert_eq!(buffered(&controller).await.unwrap().text, "x");
+    server.was_left(1).await;
+}
+
+#[tokio::test]
 async fn what_follows_the_end_is_not_waited_for() {
     let server = Server::start(&[head(), token("x"), write(&finish()), write(DONE), Act::Stall]).await;
     let controller = alone(&server, json!({})).await;

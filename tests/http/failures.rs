@@ -183,6 +183,7 @@ async fn statuses_have_their_codes_and_words() {
         (400, r#"{"error": "max_tokens must be at least 1"}"#, Code::RequestValidationFailed, "max_tokens must be at least 1"),
         (422, r#"{"detail": "bad"}"#, Code::RequestValidationFailed, "bad"),
         (404, r#"{"error": {"message": "no such model", "code": "model_not_found"}}"#, Code::ModelNotFound, "no such model"),
+        (404, r#"{"error": "failed to load"}"#, Code::ModelLoadFailed, "failed to load"),
         (413, "too much", Code::PayloadTooLarge, "too much"),
         (429, r#"{"error": {"message": "slow down"}}"#, Code::WorkerOverloaded, "slow down"),
         (503, "", Code::WorkerOverloaded, "the worker gave no reason"),

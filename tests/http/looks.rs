@@ -57,7 +57,7 @@ async fn a_list_of_models_stands_in_for_health() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_unwell_or_silent_goes_offline_and_comes_back_as_another_life() {
+async fn a_server_that_is_unwell_or_silent_goes_offline_and_comes_back_as_what_it_was() {
     for unwell in [Some((503, "{}".to_owned())), None] {
         let server = Server::start(&good(&["x"])).await;
         let controller = controller(&[("a", &server, json!({}))], often(200)).await;
@@ -67,15 +67,15 @@ async fn a_server_that_is_unwell_or_silent_goes_offline_and_comes_back_as_anothe
         event(&mut events, "worker_offline").await;
         assert!(buffered(&controller).await.is_err());
         server.now_looks(|looks| looks.health = Some((200, String::new())));
-        let replaced = event(&mut events, "worker_replaced").await;
-        assert_eq!(replaced["previous"], first.as_str());
+        controller.wait_for_workers(1).await.unwrap();
+        assert_eq!(controller.worker("a").unwrap().incarnation, first);
         assert_eq!(controller.worker("a").unwrap().status, WorkerStatus::Online);
         assert_eq!(buffered(&controller).await.unwrap().text, "x");
     }
 }
 
 #[tokio::test]
-async fn a_server_that_nobody_listens_for_is_offline_at_once_and_its_requests_with_it() {
+async fn a_server_that_nobody_listens_for_gets_nothing_new_at_once() {
     let mut server = Server::start(&[head(), token("x"), Act::Stall]).await;
     let other = Server::start(&good(&["y"])).await;
     let workers = [("a", &server, json!({"priority": 1})), ("b", &other, json!({}))];
@@ -122,4 +122,22 @@ async fn a_server_that_works_for_us_is_there_even_if_it_answers_nothing_else() {
     let controller = controller(&[("a", &server, json!({}))], often(200)).await;
     server.now_looks(|looks| looks.health = None);
     assert_eq!(buffered(&controller).await.unwrap().text, "x");
+}
+
+#[tokio::test]
+async fn a_server_that_has_work_of_ours_is_there_even_if_it_says_nothing() {
+    // As one that reads a long prompt before it sends so much as a head.
+    let server = Server::start(&[Act::Wait, head(), token("x"), write(&finish())]).await;
+    let controller = controller(&[("a", &server, json!({}))], often(200)).await;
+    let mut events = controller.events();
+    server.now_looks(|looks| looks.health = None);
+    let answer = buffered(&controller);
+    let silence = async {
+        server.was_asked(1).await;
+        tokio::time::sleep(Duration::from_millis(800)).await;
+        assert_eq!(controller.worker("a").unwrap().status, WorkerStatus::Online);
+        server.go_on();
+    };
+    assert_eq!(tokio::join!(answer, silence).0.unwrap().text, "x");
+    event(&mut events, "worker_offline").await;
 }

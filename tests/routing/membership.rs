@@ -255,8 +255,8 @@ fn a_worker_that_is_looked_at_does_not_depend_on_our_connection() {
 }
 
 #[test]
-fn a_life_that_is_known_to_be_over_is_not_waited_for() {
-    let world = World::new();
+fn a_life_that_seems_to_be_over_gets_nothing_new_and_may_finish_until_it_is_silent() {
+    let mut world = World::new();
     world.router.register(&registration("w", "1", &["m"], 0), Carrier::Http, world.now);
     let lease = world.select().unwrap();
     world.take_events();
@@ -266,8 +266,30 @@ fn a_life_that_is_known_to_be_over_is_not_waited_for() {
     for _ in 0..2 {
         world.router.lost(&id("w"), "1", world.now);
     }
-    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (0, true));
+    assert!(world.select().is_err());
+    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (0, false));
     assert_eq!(world.take_events(), [RouterEvent::WorkerOffline { worker_id: id("w") }]);
+    world.pass(14_999);
+    world.router.expire(world.now);
+    assert!(!lease.gone().is_cancelled());
+    world.pass(1);
+    world.router.expire(world.now);
+    assert!(lease.gone().is_cancelled());
+}
+
+#[test]
+fn what_a_life_had_that_seemed_to_be_over_may_finish_beside_the_next_one() {
+    let world = World::new();
+    let register = |world: &World, incarnation: &str| {
+        world.router.register(&registration("w", incarnation, &["m"], 0), Carrier::Http, world.now)
+    };
+    register(&world, "1");
+    let lease = world.select().unwrap();
+    world.router.lost(&id("w"), "1", world.now);
+    assert_eq!(register(&world, "2"), Registered::Replaced);
+    world.router.expire(world.now);
+    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, false));
+    lease.end(Outcome::Success, world.now);
 }
 
 #[test]
@@ -295,6 +317,8 @@ fn a_worker_of_the_older_dialect_is_known_by_its_heartbeats() {
     assert_eq!(world.beat(&older), HeartbeatVerdict::Taken);
     let lease = world.select().unwrap();
     assert!(lease.is_legacy() && world.worker("old").legacy);
+    world.router.lost(&id("old"), "", world.now);
+    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, false), "nobody looked at it");
     world.router.deregister(&id("old"), world.now);
     lease.end(Outcome::Success, world.now);
     world.router.expire(world.now);

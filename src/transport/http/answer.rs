@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -17,8 +17,10 @@ use super::sse::Event;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::wire::{Finish, FinishReason, Json, Reply, Token, Usage};
 
-/// Events in one answer that may be no chunks before it is given up.
+/// Events in one answer that may be in no shape that is known before it is given up.
 const MALFORMED_MOST: u32 = 16;
+/// How the key of the text looks. In a text of JSON it would stand between backslashes.
+const CHOICES: &[u8] = b"\"choices\"";
 /// Calls of tools in one answer, and bytes of their arguments together.
 const CALLS_MOST: usize = 128;
 const ARGUMENTS_MOST: usize = 1 << 20;
@@ -55,13 +57,15 @@ struct Function {
 }
 
 /// An event, or a whole answer.
+///
+/// What stands beside the text is left out where it cannot be read; the text never is.
 #[derive(Deserialize)]
 struct Chunk<'a> {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_readable")]
     object: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     choices: Option<Vec<Choice<'a>>>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_readable")]
     usage: Option<Counts>,
     #[serde(default)]
     error: Option<Value>,
@@ -69,15 +73,15 @@ struct Chunk<'a> {
 
 #[derive(Deserialize)]
 struct Choice<'a> {
-    #[serde(default)]
-    index: u64,
+    #[serde(default, deserialize_with = "if_readable")]
+    index: Option<u64>,
     #[serde(borrow, default, alias = "message")]
     delta: Option<Delta<'a>>,
     #[serde(borrow, default)]
     text: Option<Cow<'a, str>>,
     #[serde(default)]
     logprobs: Option<Json>,
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "if_readable")]
     finish_reason: Option<Cow<'a, str>>,
 }
 
@@ -85,9 +89,9 @@ struct Choice<'a> {
 struct Delta<'a> {
     #[serde(borrow, default)]
     content: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "if_readable")]
     reasoning: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "if_readable")]
     reasoning_content: Option<Cow<'a, str>>,
     #[serde(default)]
     tool_calls: Option<Vec<CallPart>>,
@@ -95,9 +99,9 @@ struct Delta<'a> {
 
 #[derive(Deserialize)]
 struct CallPart {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_readable")]
     index: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_readable")]
     id: Option<String>,
     #[serde(default)]
     function: Option<FunctionPart>,
@@ -113,17 +117,17 @@ struct FunctionPart {
 
 #[derive(Deserialize)]
 struct Counts {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_readable")]
     prompt_tokens: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_readable")]
     completion_tokens: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_readable")]
     prompt_tokens_details: Option<PromptCounts>,
 }
 
 #[derive(Deserialize)]
 struct PromptCounts {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_readable")]
     cached_tokens: Option<u64>,
 }
 
@@ -163,13 +167,13 @@ impl Answer {
             return Ok(None);
         }
         let Ok(chunk) = serde_json::from_slice::<Chunk<'_>>(event.data) else {
-            return if event.is_error { Err(refusal::by_object(&text_or_object(event.data))) } else { self.skip() };
+            return if event.is_error { Err(refusal::by_object(&text_or_object(event.data))) } else { self.skip(event.data) };
         };
         if let Some(error) = chunk.error(event.data, event.is_error) {
             return Err(refusal::by_object(&error));
         }
         self.note(chunk.usage);
-        let Some(choice) = chunk.choices.into_iter().flatten().find(|choice| choice.index == 0) else { return Ok(None) };
+        let Some(choice) = chunk.choices.into_iter().flatten().find(Choice::is_ours) else { return Ok(None) };
         let mut text = choice.text;
         let mut is_at_work = false;
         if let Some(delta) = choice.delta {
@@ -231,7 +235,7 @@ impl Answer {
             return Err(refusal::by_object(&error));
         }
         self.note(chunk.usage);
-        let choice = chunk.choices.into_iter().flatten().find(|choice| choice.index == 0).ok_or_else(no_answer)?;
+        let choice = chunk.choices.into_iter().flatten().find(Choice::is_ours).ok_or_else(no_answer)?;
         self.reason = Some(choice.finish_reason.map_or(Ok(FinishReason::Stop), |reason| read_reason(&reason))?);
         let mut text = choice.text;
         if let Some(message) = choice.delta {
@@ -254,7 +258,11 @@ impl Answer {
         }
     }
 
-    fn skip(&mut self) -> Result<Option<Token>, ControllerError> {
+    /// Passes over an event that cannot be read, unless there may be text in it: an answer has no holes.
+    fn skip(&mut self, data: &[u8]) -> Result<Option<Token>, ControllerError> {
+        if data.windows(CHOICES.len()).any(|window| window == CHOICES) {
+            return Err(protocol_error("a piece of its answer cannot be read"));
+        }
         self.malformed += 1;
         if self.malformed > MALFORMED_MOST {
             return Err(protocol_error("too much of its answer is in no shape that could be meant"));
@@ -266,14 +274,14 @@ impl Answer {
     fn call(&mut self, part: CallPart) -> Result<(), ControllerError> {
         let last = self.calls.last();
         let is_new = last.is_none_or(|last| part.id.as_ref().is_some_and(|id| !id.is_empty() && *id != last.id));
-        let index = part.index.unwrap_or_else(|| last.map_or(0, |last| last.index + u64::from(is_new)));
+        let index = part.index.unwrap_or_else(|| last.map_or(0, |last| last.index.saturating_add(u64::from(is_new))));
         let place = self.calls.iter().position(|call| call.index == index).unwrap_or_else(|| {
             let function = Function { name: String::new(), arguments: String::new() };
             self.calls.push(Call { index, id: String::new(), kind: "function", function });
             self.calls.len() - 1
         });
         let call = &mut self.calls[place];
-        if let Some(id) = part.id {
+        if let Some(id) = part.id.filter(|id| !id.is_empty()) {
             call.id = id;
         }
         if let Some(function) = part.function {
@@ -305,6 +313,21 @@ impl Chunk<'_> {
             _ => None,
         }
     }
+}
+
+// === impl Choice ===
+
+impl Choice<'_> {
+    /// One answer is asked for.
+    fn is_ours(&self) -> bool {
+        self.index.unwrap_or(0) == 0
+    }
+}
+
+/// A value, or nothing where it is of another kind.
+fn if_readable<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
+    let raw: &'de RawValue = Deserialize::deserialize(from)?;
+    Ok(serde_json::from_str(raw.get()).ok())
 }
 
 /// Why an answer ended.

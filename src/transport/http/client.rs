@@ -3,6 +3,7 @@
 use std::error::Error as _;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use hyper_util::client::legacy::{Builder, Client as Pool, Error, ResponseFuture}
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use super::answer::protocol_error;
+use super::server::Work;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::{Delivery, Postbox};
 use crate::wire::Reply;
@@ -26,8 +28,9 @@ const IDLE_MOST: usize = 256;
 const IDLE_LONGEST: Duration = Duration::from_secs(4);
 /// So much of a head, or of a body that nobody reads, is kept at most.
 const BUFFER: usize = 128 * 1024;
-/// A connection whose other end has vanished is noticed after a few of these.
+/// A connection whose other end has vanished is noticed after a minute: so long it is quiet, and then asked so often.
 const KEEPALIVE: Duration = Duration::from_secs(15);
+const KEEPALIVE_RETRIES: u32 = 3;
 
 /// Sends requests. It asks no proxy and follows no redirection.
 pub(super) struct Client {
@@ -40,7 +43,7 @@ pub(super) struct Client {
 /// The body of a request. Once there is a connection and the body is written to it, whoever waits is told so.
 pub(super) struct Payload {
     bytes: Bytes,
-    begun: Option<Postbox>,
+    begun: Option<(Postbox, Arc<Work>)>,
 }
 
 // === impl Client ===
@@ -54,6 +57,8 @@ impl Client {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_keepalive(Some(KEEPALIVE));
+        connector.set_keepalive_interval(Some(KEEPALIVE));
+        connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
         connector.set_connect_timeout(Some(connect_limit));
         let mut secure = None;
         if with_tls {
@@ -77,6 +82,10 @@ impl Client {
     pub(super) fn failure(&self, error: &Error, server: &Uri) -> ControllerError {
         let unavailable = |what: String| ControllerError::new(ControllerErrorCode::WorkerUnavailable, what);
         let where_ = server.authority().map_or_else(String::new, |authority| format!(" at {authority}"));
+        if is_our_lack(error) {
+            let what = format!("this controller has no files, ports or network for a connection: {}", innermost(error));
+            return ControllerError::new(ControllerErrorCode::ControllerNotReady, what);
+        }
         if error.is_connect() {
             let what = match find::<io::Error>(error).map(io::Error::kind) {
                 _ if is_refused(error) => format!("nobody listens{where_}"),
@@ -113,6 +122,17 @@ pub(super) fn is_refused(error: &Error) -> bool {
     error.is_connect() && find::<io::Error>(error).is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
+/// Whether a connection failed for want of something on this machine, of which no server can be blamed.
+pub(super) fn is_our_lack(error: &Error) -> bool {
+    error.is_connect() && find::<io::Error>(error).is_some_and(is_lack)
+}
+
+fn is_lack(error: &io::Error) -> bool {
+    // ENFILE and EMFILE, the same numbers on Linux and macOS, have no kind of their own.
+    matches!(error.raw_os_error(), Some(23 | 24))
+        || matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::NetworkDown)
+}
+
 /// The cause of this type.
 fn find<T: std::error::Error + 'static>(error: &Error) -> Option<&T> {
     causes(error).find_map(|cause| cause.downcast_ref())
@@ -130,8 +150,8 @@ fn causes(error: &Error) -> impl Iterator<Item = &(dyn std::error::Error + 'stat
 
 impl Payload {
     /// A body, and who is to know when it is on its way.
-    pub(super) fn new(bytes: Vec<u8>, begun: Postbox) -> Self {
-        Self { bytes: bytes.into(), begun: Some(begun) }
+    pub(super) fn new(bytes: Vec<u8>, postbox: Postbox, work: Arc<Work>) -> Self {
+        Self { bytes: bytes.into(), begun: Some((postbox, work)) }
     }
 
     /// None at all.
@@ -145,7 +165,8 @@ impl Body for Payload {
     type Error = std::convert::Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        if let Some(postbox) = self.begun.take() {
+        if let Some((postbox, work)) = self.begun.take() {
+            work.take();
             postbox.post(Delivery::Reply(Reply::Accepted { queue_position: 0 }));
         }
         let bytes = std::mem::take(&mut self.bytes);
@@ -158,5 +179,23 @@ impl Body for Payload {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.bytes.len() as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_this_machine_lacks_is_no_servers_fault() {
+        for number in [23, 24] {
+            assert!(is_lack(&io::Error::from_raw_os_error(number)), "{number}");
+        }
+        for kind in [io::ErrorKind::AddrNotAvailable, io::ErrorKind::NetworkDown] {
+            assert!(is_lack(&kind.into()), "{kind}");
+        }
+        for kind in [io::ErrorKind::ConnectionRefused, io::ErrorKind::HostUnreachable, io::ErrorKind::TimedOut] {
+            assert!(!is_lack(&kind.into()), "{kind}");
+        }
     }
 }

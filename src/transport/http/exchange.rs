@@ -12,13 +12,13 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, USER_AGENT};
 use hyper::{Method, Request, Response, StatusCode};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::answer::{Answer, protocol_error};
 use super::client::{Client, Payload};
 use super::refusal;
 use super::request;
-use super::server::Server;
+use super::server::{Server, Work};
 use super::sse::Decoder;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::{Delivery, Outgoing, Postbox};
@@ -41,21 +41,29 @@ pub(super) const AGENT: HeaderValue = HeaderValue::from_static(concat!("mlx-serv
 
 /// Runs an attempt until its answer has been posted, or nobody waits for it.
 pub(super) async fn run(client: Arc<Client>, server: Arc<Server>, outgoing: Outgoing, postbox: Postbox) {
+    let work = Work::new(server.clone());
     let rest = tokio::select! {
         biased;
         // With the response the connection goes, and the server notices.
         () = postbox.closed() => None,
-        rest = exchange(&client, &server, &outgoing, &postbox) => rest,
+        rest = exchange(&client, &server, &work, &outgoing, &postbox) => rest,
     };
+    drop(work);
     if let Some(rest) = rest {
         drain(rest).await;
     }
 }
 
 /// The rest of a body whose answer is complete, if there may be some.
-async fn exchange(client: &Client, server: &Server, outgoing: &Outgoing, postbox: &Postbox) -> Option<Incoming> {
+async fn exchange(
+    client: &Client,
+    server: &Server,
+    work: &Arc<Work>,
+    outgoing: &Outgoing,
+    postbox: &Postbox,
+) -> Option<Incoming> {
     let began = Instant::now();
-    match answer(client, server, outgoing, postbox, began).await {
+    match answer(client, server, work, outgoing, postbox, began).await {
         Ok((reply, rest)) => {
             postbox.post_in_time(Delivery::Reply(reply)).await;
             rest
@@ -71,27 +79,31 @@ async fn exchange(client: &Client, server: &Server, outgoing: &Outgoing, postbox
 async fn answer(
     client: &Client,
     server: &Server,
+    work: &Arc<Work>,
     outgoing: &Outgoing,
     postbox: &Postbox,
     began: Instant,
 ) -> Result<(Reply, Option<Incoming>), ControllerError> {
-    let request = build(server, outgoing, postbox)?;
+    let request = build(server, work, outgoing, postbox)?;
     let uri = request.uri().clone();
     let response = client.send(request).await.map_err(|error| client.failure(&error, &uri))?;
     server.heard();
     if response.status() != StatusCode::OK {
         let (head, body) = response.into_parts();
-        let (words, _) = timeout(WORDS_LONGEST, collect(body, WORDS_MOST)).await.unwrap_or_default();
+        let mut words = Vec::new();
+        // Late: what has come by then is better than nothing.
+        let _ = timeout(WORDS_LONGEST, collect(body, WORDS_MOST, &mut words)).await;
         return Err(refusal::by_status(head.status, &head.headers, &words, &uri));
     }
+    server.took_key();
     read(server, response, postbox, began).await
 }
 
-fn build(server: &Server, outgoing: &Outgoing, postbox: &Postbox) -> Result<Request<Payload>, ControllerError> {
+fn build(server: &Server, work: &Arc<Work>, outgoing: &Outgoing, postbox: &Postbox) -> Result<Request<Payload>, ControllerError> {
     let asked = &outgoing.request;
     let uri = if asked.messages.is_some() { &server.chat } else { &server.text };
     let body = request::body(asked, server.own_name(&asked.model_id))?;
-    let mut request = Request::new(Payload::new(body, postbox.clone()));
+    let mut request = Request::new(Payload::new(body, postbox.clone(), work.clone()));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = uri.clone();
     let headers = request.headers_mut();
@@ -126,10 +138,13 @@ async fn read(
     let mut events = Decoder::default();
     let mut answer = Answer::default();
     let mut is_known = false;
+    // For what may follow once the answer is complete.
+    let mut limit = None;
     loop {
         let next = if answer.is_finished() {
-            // Late is as good as never: the answer is complete.
-            timeout(AFTER_FINISH, data(&mut body)).await.unwrap_or(Ok(None))
+            let limit = *limit.get_or_insert_with(|| Instant::now() + AFTER_FINISH);
+            // Late is as good as never: the answer is complete. What is there already comes before the clock, without end.
+            if Instant::now() >= limit { Ok(None) } else { timeout_at(limit, data(&mut body)).await.unwrap_or(Ok(None)) }
         } else {
             data(&mut body).await
         };
@@ -193,27 +208,26 @@ async fn data(body: &mut Incoming) -> Result<Option<Bytes>, hyper::Error> {
 
 /// The whole of a body that begins so.
 async fn whole(begin: Bytes, body: Incoming) -> Result<Vec<u8>, ControllerError> {
-    let (rest, is_all) = collect(body, WHOLE_MOST).await;
-    if !is_all {
+    let mut bytes = Vec::from(begin);
+    if !collect(body, WHOLE_MOST, &mut bytes).await {
         return Err(broken());
     }
-    Ok([&*begin, &*rest].concat())
+    Ok(bytes)
 }
 
-/// Of a body so much, and whether that is all of it.
-pub(super) async fn collect(mut body: Incoming, most: usize) -> (Vec<u8>, bool) {
-    let mut bytes = Vec::new();
+/// Adds what comes of a body, up to so many bytes. Whether that is all of it.
+pub(super) async fn collect(mut body: Incoming, most: usize, bytes: &mut Vec<u8>) -> bool {
     loop {
         match data(&mut body).await {
             Ok(Some(more)) => {
-                let room = most - bytes.len();
+                let room = most.saturating_sub(bytes.len());
                 bytes.extend_from_slice(&more[..more.len().min(room)]);
                 if more.len() > room {
-                    return (bytes, false);
+                    return false;
                 }
             }
-            Ok(None) => return (bytes, true),
-            Err(_) => return (bytes, false),
+            Ok(None) => return true,
+            Err(_) => return false,
         }
     }
 }

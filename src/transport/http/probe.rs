@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::HttpTransport;
-use super::client::{Payload, is_refused};
+use super::client::{Payload, is_our_lack, is_refused};
 use super::exchange::{AGENT, WORDS_MOST, collect};
 use super::server::Server;
 use crate::wire::WorkerId;
@@ -28,6 +28,8 @@ pub enum Absence {
     NobodyListens,
     /// It did not answer in time.
     Silent,
+    /// Nobody could look: this machine had no files, ports or network for it.
+    Unknown(String),
     /// It answered, but not well.
     Unfit(String),
 }
@@ -51,8 +53,11 @@ impl HttpTransport {
     /// It cannot, or nobody knows.
     pub async fn look(&self, worker: &WorkerId, limit: Duration) -> Result<(), Absence> {
         let Some(server) = self.server(worker) else { return Err(Absence::NobodyListens) };
-        match timeout(limit, self.is_fit(server)).await.unwrap_or(Err(Absence::Silent)) {
-            Err(Absence::Silent) if server.was_heard() => Ok(()),
+        let said = timeout(limit, self.is_fit(server)).await.unwrap_or(Err(Absence::Silent));
+        // Asked at every look: what came before this one says nothing at the next.
+        let shows_life = server.shows_life();
+        match said {
+            Err(Absence::Silent) if shows_life => Ok(()),
             said => said,
         }
     }
@@ -109,13 +114,14 @@ impl HttpTransport {
         }
         let response = self.client.send(request).await.map_err(|error| {
             if is_refused(&error) {
-                Absence::NobodyListens
-            } else {
-                Absence::Unfit(self.client.failure(&error, uri).message().into())
+                return Absence::NobodyListens;
             }
+            let why = self.client.failure(&error, uri).message().into();
+            if is_our_lack(&error) { Absence::Unknown(why) } else { Absence::Unfit(why) }
         })?;
         let status = response.status();
-        let (body, _) = collect(response.into_body(), most).await;
+        let mut body = Vec::new();
+        collect(response.into_body(), most, &mut body).await;
         Ok((status, body))
     }
 }
@@ -142,7 +148,7 @@ impl std::fmt::Display for Absence {
         f.write_str(match self {
             Self::NobodyListens => "nobody listens at its address",
             Self::Silent => "it does not answer",
-            Self::Unfit(why) => why,
+            Self::Unknown(why) | Self::Unfit(why) => why,
         })
     }
 }

@@ -18,14 +18,18 @@ const WORDS_LONGEST: usize = 1_000;
 /// The error of an answer with another status than 200. `body`: as much of it as was read.
 pub(super) fn by_status(status: StatusCode, headers: &HeaderMap, body: &[u8], path: &Uri) -> ControllerError {
     let document: Option<Value> = serde_json::from_slice(body).ok();
-    let is_json_error = document.as_ref().is_some_and(|document| document.get("error").is_some_and(|error| !error.is_null()));
-    let code = code(status);
+    let said = document.as_ref().and_then(said_of);
+    let code = match (status, said) {
+        // A text, say: `mlx_lm.server` answers so to whatever kept it from beginning.
+        (StatusCode::NOT_FOUND, Some(said)) if !is_model_missing(said) => ControllerErrorCode::ModelLoadFailed,
+        _ => code(status),
+    };
     let error = match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
             ControllerError::new(code, "the worker refuses the key that it was given: workers.static[].apiKey")
         }
         // A path that is not there and a model that is not there have the same status. Who knows the API says it in its way.
-        StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED if !is_json_error => ControllerError::new(
+        StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED if said.is_none() => ControllerError::new(
             ControllerErrorCode::WorkerUnavailable,
             format!("the worker has no {}: is workers.static[].url the address of a server with the OpenAI API?", path.path()),
         ),
@@ -45,11 +49,40 @@ pub(super) fn by_status(status: StatusCode, headers: &HeaderMap, body: &[u8], pa
 pub(super) fn by_object(error: &Value) -> ControllerError {
     let status = error.get("code").and_then(Value::as_u64).and_then(|code| u16::try_from(code).ok());
     let status = status.and_then(|status| StatusCode::from_u16(status).ok()).filter(|status| status.as_u16() >= 400);
-    let code = status.map_or(ControllerErrorCode::WorkerUnavailable, code);
+    let by_status = || status.map_or(ControllerErrorCode::WorkerUnavailable, code);
+    let code = by_name(error).unwrap_or_else(by_status);
     let told = ControllerError::in_workers_words(code, words(Some(error), b""));
     match status {
         Some(status) => told.with("httpStatus", status.as_u16()),
         None => told,
+    }
+}
+
+/// What a document says of an error in one of the API's ways: in its `error`, or as `"object": "error"` itself.
+fn said_of(document: &Value) -> Option<&Value> {
+    let itself = || (document.get("object").and_then(Value::as_str) == Some("error")).then_some(document);
+    document.get("error").filter(|error| !error.is_null()).or_else(itself)
+}
+
+/// Whether a 404 with this error is about the model.
+fn is_model_missing(error: &Value) -> bool {
+    by_name(error) == Some(ControllerErrorCode::ModelNotFound)
+        || error.get("object").and_then(Value::as_str) == Some("error") && error.get("code").and_then(Value::as_u64) == Some(404)
+}
+
+/// The code of an error that says its kind in words for programs.
+fn by_name(error: &Value) -> Option<ControllerErrorCode> {
+    let names: Vec<String> =
+        ["code", "type"].iter().filter_map(|key| Some(error.get(key)?.as_str()?.to_ascii_lowercase())).collect();
+    let is_any = |wanted: &[&str]| names.iter().any(|name| wanted.contains(&name.as_str()));
+    if is_any(&["model_not_found", "notfounderror", "not_found_error"]) {
+        Some(ControllerErrorCode::ModelNotFound)
+    } else if names.iter().any(|name| name.starts_with("rate_limit")) {
+        Some(ControllerErrorCode::WorkerOverloaded)
+    } else if is_any(&["invalid_request_error", "badrequesterror"]) {
+        Some(ControllerErrorCode::RequestValidationFailed)
+    } else {
+        None
     }
 }
 
@@ -115,7 +148,7 @@ mod tests {
             (422, Code::RequestValidationFailed),
             (401, Code::WorkerUnavailable),
             (403, Code::WorkerUnavailable),
-            (404, Code::ModelNotFound),
+            (404, Code::ModelLoadFailed),
             (413, Code::PayloadTooLarge),
             (429, Code::WorkerOverloaded),
             (503, Code::WorkerOverloaded),
@@ -177,8 +210,39 @@ mod tests {
     fn an_error_in_a_stream_may_bring_its_status() {
         let error = by_object(&serde_json::json!({"message": "full", "code": 429}));
         assert_eq!((error.code(), error.message()), (ControllerErrorCode::WorkerOverloaded, "full"));
-        let error = by_object(&serde_json::json!({"message": "odd", "code": "model_not_found"}));
+        let error = by_object(&serde_json::json!({"message": "odd", "code": "strange"}));
         assert_eq!((error.code(), error.message()), (ControllerErrorCode::WorkerUnavailable, "odd"));
         assert_eq!(by_object(&Value::from("odd")).message(), "odd");
+    }
+
+    #[test]
+    fn an_error_in_a_stream_may_say_its_kind() {
+        use ControllerErrorCode as Code;
+        for (kind, wanted) in [
+            (r#"{"type": "invalid_request_error"}"#, Code::RequestValidationFailed),
+            (r#"{"type": "BadRequestError", "code": null}"#, Code::RequestValidationFailed),
+            (r#"{"type": "invalid_request_error", "code": "model_not_found"}"#, Code::ModelNotFound),
+            (r#"{"type": "rate_limit_error"}"#, Code::WorkerOverloaded),
+            (r#"{"type": "requests", "code": "rate_limit_exceeded"}"#, Code::WorkerOverloaded),
+            (r#"{"type": "server_error"}"#, Code::WorkerUnavailable),
+            (r#"{"type": 7, "code": {}}"#, Code::WorkerUnavailable),
+        ] {
+            assert_eq!(by_object(&serde_json::from_str(kind).expect("JSON")).code(), wanted, "{kind}");
+        }
+    }
+
+    #[test]
+    fn only_who_says_so_has_no_such_model() {
+        for (body, wanted) in [
+            (r#"{"error": {"message": "why", "code": "model_not_found"}}"#, ControllerErrorCode::ModelNotFound),
+            (r#"{"error": {"message": "why", "type": "NotFoundError", "code": 404}}"#, ControllerErrorCode::ModelNotFound),
+            (r#"{"error": {"message": "why", "type": "not_found_error"}}"#, ControllerErrorCode::ModelNotFound),
+            (r#"{"object": "error", "message": "why", "code": 404}"#, ControllerErrorCode::ModelNotFound),
+            (r#"{"error": "why"}"#, ControllerErrorCode::ModelLoadFailed),
+            (r#"{"error": {"message": "why"}}"#, ControllerErrorCode::ModelLoadFailed),
+        ] {
+            let error = refused(404, &[], body);
+            assert_eq!((error.code(), error.message()), (wanted, "why"), "{body}");
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! One server: its addresses, its key, what it calls its models, and whether it gave a sign of life lately.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use hyper::Uri;
 use hyper::header::HeaderValue;
@@ -23,8 +24,18 @@ pub(super) struct Server {
     names: BTreeMap<String, String>,
     /// Something came from it since it was looked at last.
     heard: AtomicBool,
+    /// Attempts that it has taken and that still run.
+    working: AtomicUsize,
+    /// The status by which it refused the key last; 0 since it answered well.
+    key_refused: AtomicU64,
     /// Something is wrong with it: it is to be looked at soon.
     doubt: Notify,
+}
+
+/// An attempt, which is its server's work from when its request is on its way until nothing is left of it.
+pub(super) struct Work {
+    server: Arc<Server>,
+    is_taken: AtomicBool,
 }
 
 // === impl Server ===
@@ -60,6 +71,8 @@ impl Server {
             key: config.api_key.as_ref().map(bearer).transpose()?,
             names: named.map(|(name, own)| (name.to_owned(), own.to_owned())).collect(),
             heard: AtomicBool::new(false),
+            working: AtomicUsize::new(0),
+            key_refused: AtomicU64::new(0),
             doubt: Notify::new(),
         })
     }
@@ -77,9 +90,16 @@ impl Server {
         }
     }
 
-    /// Whether something came since this was asked last.
-    pub(super) fn was_heard(&self) -> bool {
-        self.heard.swap(false, Ordering::Relaxed)
+    /// Whether something came since this was asked last, or it has work of ours.
+    pub(super) fn shows_life(&self) -> bool {
+        self.heard.swap(false, Ordering::Relaxed) || self.working.load(Ordering::Relaxed) > 0
+    }
+
+    /// It began to answer a request.
+    pub(super) fn took_key(&self) {
+        if self.key_refused.load(Ordering::Relaxed) != 0 {
+            self.key_refused.store(0, Ordering::Relaxed);
+        }
     }
 
     /// An attempt ended so.
@@ -87,7 +107,10 @@ impl Server {
         if error.code() == ControllerErrorCode::WorkerUnavailable {
             self.doubt.notify_one();
         }
-        if let Some(status @ (401 | 403)) = error.context().get("httpStatus").and_then(serde_json::Value::as_u64) {
+        if let Some(status @ (401 | 403)) = error.context().get("httpStatus").and_then(serde_json::Value::as_u64)
+            // Said once, and not for every request.
+            && self.key_refused.swap(status, Ordering::Relaxed) != status
+        {
             let worker_id = self.worker.as_str();
             tracing::error!(worker_id, status, "the worker refuses the key that it was given: workers.static[].apiKey");
         }
@@ -96,5 +119,28 @@ impl Server {
     /// Returns when an attempt met something that makes a look at the server worth while.
     pub(super) async fn doubted(&self) {
         self.doubt.notified().await;
+    }
+}
+
+// === impl Work ===
+
+impl Work {
+    pub(super) fn new(server: Arc<Server>) -> Arc<Self> {
+        Arc::new(Self { server, is_taken: AtomicBool::new(false) })
+    }
+
+    /// The request is on its way.
+    pub(super) fn take(&self) {
+        if !self.is_taken.swap(true, Ordering::Relaxed) {
+            self.server.working.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if *self.is_taken.get_mut() {
+            self.server.working.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }

@@ -147,10 +147,51 @@ fn an_answer_that_the_server_breaks_off_is_no_answer() {
 fn a_few_chunks_may_be_malformed() {
     let mut answer = Answer::default();
     for _ in 0..MALFORMED_MOST {
-        assert!(take(&mut answer, r#"{"choices": ["#).is_ok_and(|token| token.is_none()));
+        assert!(take(&mut answer, r#"{"status": ["#).is_ok_and(|token| token.is_none()));
     }
     assert!(take(&mut answer, &delta(json!({"content": "x"})).to_string()).is_ok_and(|token| token.is_some()));
     assert!(take(&mut answer, "nonsense").is_err());
+}
+
+#[test]
+fn no_text_is_passed_over() {
+    for data in [
+        r#"{"choices": [{"index": 0, "delta": {"content": 5}}]}"#,
+        r#"{"choices": [{"index": 0, "delta": {"content": "x"#,
+        r#"{"choices": "x"}"#,
+    ] {
+        let error = take(&mut Answer::default(), data).expect_err("a hole");
+        assert_eq!(error.code(), ControllerErrorCode::WorkerUnavailable, "{data}");
+        assert!(error.context().contains_key("protocolError"), "{data}");
+    }
+}
+
+#[test]
+fn what_stands_beside_the_text_may_be_odd() {
+    let (tokens, end) = read(&[
+        json!({"object": 7, "choices": [{"index": null, "delta": {"content": "a", "reasoning": ["hm"]}, "finish_reason": 0}],
+            "usage": "none"}),
+        json!({"choices": [{"delta": {"content": "b", "reasoning_content": {}}, "finish_reason": "length"}],
+            "usage": {"prompt_tokens": 3.5, "completion_tokens": 2, "prompt_tokens_details": []}}),
+    ])
+    .expect("an answer");
+    assert_eq!(texts(&tokens), [(0, "a"), (1, "b")]);
+    assert_eq!((end.reason, end.usage.prompt_tokens, end.usage.completion_tokens), (FinishReason::Length, 0, 2));
+}
+
+#[test]
+fn calls_of_tools_keep_their_ids_and_have_no_place_too_high() {
+    let part = |part: Value| delta(json!({"tool_calls": [part]}));
+    let (_, end) = read(&[
+        part(json!({"index": u64::MAX, "id": "a", "function": {"name": "add", "arguments": "{"}})),
+        part(json!({"id": "", "function": {"arguments": "}"}})),
+        finish("tool_calls"),
+    ])
+    .expect("an answer");
+    let calls: Value = end.tool_calls.and_then(|calls| calls.read().ok()).expect("calls");
+    assert_eq!((&calls[0]["id"], &calls[0]["function"]["arguments"]), (&json!("a"), &json!("{}")));
+    let highest = part(json!({"index": u64::MAX, "id": "a"}));
+    assert!(read(&[highest, part(json!({"id": "b"})), finish("tool_calls")]).is_ok());
 }
 
 #[test]
