@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use mlx_serving_router::error::ControllerErrorCode;
-use mlx_serving_router::routing::{Choice, CircuitState, Lease, LeftOut, Outcome, Query, Refusal};
+use mlx_serving_router::routing::{Choice, CircuitState, Lease, LeftOut, Outcome, Query, Refusal, WorkerSnapshot};
 use mlx_serving_router::wire::{WorkerId, WorkerStatus};
 use proptest::prelude::*;
 
@@ -163,7 +163,9 @@ impl Run {
                 let worker = serving.iter().find(|worker| worker.worker_id == *lease.worker_id());
                 let worker = worker.expect("the chosen worker is online and serves the model");
                 prop_assert!(worker.in_flight + worker.foreign < ROOM);
-                prop_assert!(!matches!(worker.breaker, CircuitState::Open | CircuitState::ForcedOpen));
+                prop_assert!(worker.breaker != CircuitState::ForcedOpen);
+                // One that the rate has opened is a candidate where most of a model's workers are kept out.
+                prop_assert!(worker.breaker != CircuitState::Open || 2 * kept_out(&serving) > serving.len());
                 prop_assert!(!lease.gone().is_cancelled());
                 match query.worker_id {
                     Some(named) => prop_assert_eq!((lease.choice(), lease.worker_id().as_str()), (Choice::Named, named)),
@@ -242,6 +244,11 @@ impl World {
     fn named_fits(&self, worker: &str, model_id: &str) -> bool {
         self.query(&Query { model_id, worker_id: Some(worker), ..super::ANY }).is_ok()
     }
+}
+
+/// How many of them a breaker keeps out.
+fn kept_out(workers: &[&WorkerSnapshot]) -> usize {
+    workers.iter().filter(|worker| matches!(worker.breaker, CircuitState::Open | CircuitState::ForcedOpen)).count()
 }
 
 proptest! {
