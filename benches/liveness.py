@@ -220,11 +220,9 @@ class _WatchedQueue:
     def __init__(self, jobs: JobQueue, watched: _Watched) -> None:
         self._jobs = jobs
         self._watched = watched
-        self.report = jobs.report
 
-    @property
-    def closed(self) -> bool:
-        return self._jobs.closed
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jobs, name)
 
     def get(self, timeout: float | None = None) -> Any:
         job = self._jobs.get(timeout)
