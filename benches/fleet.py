@@ -16,16 +16,27 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sides import Process
+from sides import Process, SideError
 
 from mlx_serving_router import ClusterConfig
+from mlx_serving_router.nats_server import NatsServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterator
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny-model" / "model"
 NAME = "bench"
 _LOADING = 60.0
+
+
+def conduct(work: Coroutine[Any, Any, int]) -> int:
+    """Tells the load of the machine, does the work and returns the exit status; what fails is told in words."""
+    print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    try:
+        return asyncio.run(work)
+    except (NatsServerError, SideError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
 
 
 def config(url: str, **changes: Any) -> ClusterConfig:

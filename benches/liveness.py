@@ -29,7 +29,7 @@ from sides import Process, SideError
 
 from mlx_serving_router import ControllerNode, InferenceRequest, WorkerNode
 from mlx_serving_router.mlx import MlxEngine
-from mlx_serving_router.nats_server import NatsServer, NatsServerError
+from mlx_serving_router.nats_server import NatsServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -54,13 +54,7 @@ def main() -> int:
     if len(sys.argv) == 3 and sys.argv[1] in _ROLES:
         asyncio.run(_ROLES[sys.argv[1]](json.loads(sys.argv[2])))
         return 0
-    options = _options()
-    print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    try:
-        return asyncio.run(_run(options))
-    except (NatsServerError, SideError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    return fleet.conduct(_run(_options()))
 
 
 async def _run(options: argparse.Namespace) -> int:

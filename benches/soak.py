@@ -22,13 +22,14 @@ from statistics import linear_regression, median
 from typing import TYPE_CHECKING, Any
 
 import fleet
-from sides import Process, SideError
 
 from mlx_serving_router import ControllerError, ControllerNode, InferenceRequest
-from mlx_serving_router.nats_server import NatsServer, NatsServerError
+from mlx_serving_router.nats_server import NatsServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from sides import Process
 
 _QUESTIONS = (
     "Hello",
@@ -84,13 +85,7 @@ class Draw:
 
 def main() -> int:
     """Runs the soak and returns the exit status: 0 where memory is flat and every answer right."""
-    options = _options()
-    print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    try:
-        return asyncio.run(_run(options))
-    except (NatsServerError, SideError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    return fleet.conduct(_run(_options()))
 
 
 async def _run(options: argparse.Namespace) -> int:

@@ -19,10 +19,9 @@ from statistics import mean, median
 from typing import Any
 
 import fleet
-from sides import SideError
 
 from mlx_serving_router import ControllerNode, InferenceRequest
-from mlx_serving_router.nats_server import NatsServer, NatsServerError
+from mlx_serving_router.nats_server import NatsServer
 
 _WORKERS = [f"w-{number}" for number in range(1, 5)]
 _TURNS = 6
@@ -57,13 +56,7 @@ _WORDS = (
 
 def main() -> int:
     """Runs the benchmark and returns the exit status."""
-    options = _options()
-    print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    try:
-        return asyncio.run(_run(options))
-    except (NatsServerError, SideError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    return fleet.conduct(_run(_options()))
 
 
 async def _run(options: argparse.Namespace) -> int:

@@ -24,10 +24,10 @@ from statistics import median
 from typing import Any
 
 import fleet
-from sides import Process, SideError
+from sides import Process
 
 from mlx_serving_router import ControllerNode, InferenceRequest
-from mlx_serving_router.nats_server import NatsServer, NatsServerError
+from mlx_serving_router.nats_server import NatsServer
 
 _MANY = 16
 _PATIENCE = 300.0
@@ -54,13 +54,7 @@ def main() -> int:
     if len(sys.argv) == 3 and sys.argv[1] in _ROLES:
         _ROLES[sys.argv[1]](json.loads(sys.argv[2]))
         return 0
-    options = _options()
-    print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    try:
-        return asyncio.run(_run(options))
-    except (NatsServerError, SideError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    return fleet.conduct(_run(_options()))
 
 
 async def _run(options: argparse.Namespace) -> int:
