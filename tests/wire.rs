@@ -425,6 +425,6 @@ fn no_answer_is_printed() {
     let secret = || "a secret".to_owned();
     let whole = Reply::Response { text: secret(), finish: Finish::default(), logprobs: None };
     assert!(!format!("{whole:?}").contains("secret"));
-    let token = Reply::Token(Token { text: secret(), index: 0, token_ids: vec![1], logprobs: None });
+    let token = Reply::Token(Token { text: secret(), index: 0, token_ids: vec![1].into(), logprobs: None });
     assert!(!format!("{token:?}").contains("secret"));
 }

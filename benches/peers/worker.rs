@@ -134,7 +134,7 @@ impl Worker {
         };
         let token = |index: u64| {
             let id = u32::try_from(index).unwrap_or(0) + 1000;
-            Template::new(&Reply::Token(Token { text: " token".to_owned(), index, token_ids: vec![id], logprobs: None }))
+            Template::new(&Reply::Token(Token { text: " token".to_owned(), index, token_ids: vec![id].into(), logprobs: None }))
         };
         let done = Template::new(&Reply::Done(finish.clone()));
         Self {

@@ -103,6 +103,10 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
+_WATCH_AFTER: Final = 0.005
+"""Seconds of work that are not worth a watch of the client."""
+
+
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     """Do the work while the client is there; the body has been read.
 
@@ -113,27 +117,46 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
     assert task is not None  # noqa: S101 coroutines run in tasks
     # Others, a time limit of the application's for one, may cancel the task as well.
     others = task.cancelling()
-    gone = ended = False
-
-    def leave(watch: asyncio.Task[None]) -> None:
-        nonlocal gone
-        if ended or watch.cancelled():
-            return
-        watch.exception()  # a connection that fails is one that is gone
-        gone = True
-        task.cancel()
-
-    watch = asyncio.create_task(_disconnect(receive))
-    watch.add_done_callback(leave)
+    watch = _Watch(receive, task)
     try:
         return await work
     except asyncio.CancelledError:
-        if gone and task.uncancel() <= others:
+        if watch.gone and task.uncancel() <= others:
             raise ClientDisconnect from None
         raise
     finally:
-        ended = True
-        watch.cancel()
+        watch.stop()
+
+
+class _Watch:
+    """Cancels a task when the client goes away. What is done in no time is not watched: that would cost as much again."""
+
+    def __init__(self, receive: Receive, task: asyncio.Task[Any]) -> None:
+        self.gone = False
+        self._receive = receive
+        self._task = task
+        self._watching: asyncio.Task[None] | None = None
+        loop = task.get_loop()
+        # In the context of the request, as the server's own and all middleware's work.
+        self._timer = loop.call_later(_WATCH_AFTER, self._begin)
+
+    def _begin(self) -> None:
+        self._watching = self._task.get_loop().create_task(_disconnect(self._receive))
+        self._watching.add_done_callback(self._leave)
+
+    def _leave(self, watching: asyncio.Task[None]) -> None:
+        if watching is not self._watching or watching.cancelled():
+            return
+        watching.exception()  # a connection that fails is one that is gone
+        self.gone = True
+        self._task.cancel()
+
+    def stop(self) -> None:
+        """The task is not cancelled any more."""
+        self._timer.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
 
 
 async def _disconnect(receive: Receive) -> None:

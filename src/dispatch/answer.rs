@@ -13,9 +13,9 @@ use crate::wire::{FinishReason, Json, Usage, WorkerId};
 #[derive(Clone, PartialEq)]
 pub struct Answer {
     /// The request.
-    pub request_id: String,
+    pub request_id: Arc<str>,
     /// The model that answered.
-    pub model_id: String,
+    pub model_id: Arc<str>,
     /// The worker that answered.
     pub worker_id: WorkerId,
     /// The text, whole also after a stream.

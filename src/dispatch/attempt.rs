@@ -27,10 +27,12 @@ pub(super) struct Attempt {
     outgoing: Outgoing,
     timers: Timers,
     sent: Instant,
+    /// When it was looked at the clock last.
+    latest: Instant,
     stage: Stage,
     sleep: Pin<Box<Sleep>>,
-    /// What the sleep was set to last.
-    armed: Option<Instant>,
+    /// What the sleep was set to last; never later than the limit that passes next.
+    armed: Instant,
     gone: CancellationToken,
     cut: CancellationToken,
     accepted: bool,
@@ -85,9 +87,10 @@ impl Attempt {
             outgoing,
             timers,
             sent: now,
+            latest: now,
             stage: Stage::Unsent,
             sleep: Box::pin(tokio::time::sleep_until(at)),
-            armed: Some(at),
+            armed: at,
             gone,
             cut,
             accepted: false,
@@ -121,21 +124,23 @@ impl Attempt {
     /// The next thing that it has to tell. Cancel-safe. After an end or an error it is not called again.
     pub(super) async fn next(&mut self) -> Result<Step, ControllerError> {
         loop {
-            if let Some(step) = self.try_next()? {
+            self.latest = Instant::now();
+            if let Some(step) = self.try_next(self.latest)? {
                 return Ok(step);
             }
             self.look_for_the_model();
             let (at, limit) = self.timers.next();
             let looks = self.timers.is_loading() && matches!(self.stage, Stage::Running(_));
-            let look = looks.then(|| Instant::now() + LOOK_AGAIN).filter(|look| *look < at);
+            let look = looks.then(|| self.latest + LOOK_AGAIN).filter(|look| *look < at);
             let at = look.unwrap_or(at);
-            if self.armed != Some(at) {
+            // One that is set to an earlier time is left alone: tokens move the limit further with each of them.
+            if at < self.armed || self.sleep.is_elapsed() {
                 self.sleep.as_mut().reset(at);
-                self.armed = Some(at);
+                self.armed = at;
             }
             match &mut self.stage {
                 Stage::Unsent => {
-                    let send: BoxFuture<'_, _> = self.transport.send(self.outgoing.clone());
+                    let send: BoxFuture<'_, _> = self.transport.send(&self.outgoing);
                     let sent = tokio::select! {
                         biased;
                         sent = send => sent,
@@ -166,7 +171,8 @@ impl Attempt {
                             return Err(self.failed(error));
                         }
                     };
-                    if let Some(step) = self.take(delivery)? {
+                    self.latest = Instant::now();
+                    if let Some(step) = self.take(delivery, self.latest)? {
                         return Ok(step);
                     }
                 }
@@ -192,11 +198,16 @@ impl Attempt {
         }
     }
 
+    /// The time at which [`next`](Self::next) returned.
+    pub(super) fn latest(&self) -> Instant {
+        self.latest
+    }
+
     /// What is there already.
-    pub(super) fn try_next(&mut self) -> Result<Option<Step>, ControllerError> {
+    pub(super) fn try_next(&mut self, now: Instant) -> Result<Option<Step>, ControllerError> {
         while let Stage::Running(mailbox) = &mut self.stage {
             let Some(delivery) = mailbox.try_recv() else { break };
-            if let Some(step) = self.take(Some(delivery))? {
+            if let Some(step) = self.take(Some(delivery), now)? {
                 return Ok(Some(step));
             }
         }
@@ -225,7 +236,7 @@ impl Attempt {
         self.lease.take().is_some_and(|lease| lease.end(outcome, now))
     }
 
-    fn take(&mut self, delivery: Option<Delivery>) -> Result<Option<Step>, ControllerError> {
+    fn take(&mut self, delivery: Option<Delivery>, now: Instant) -> Result<Option<Step>, ControllerError> {
         let reply = match delivery {
             Some(Delivery::Reply(reply)) => reply,
             Some(Delivery::Failed(error)) => {
@@ -248,7 +259,7 @@ impl Attempt {
                 self.timers.heard();
                 Ok(None)
             }
-            Reply::Token(token) => self.take_token(token).map(Some),
+            Reply::Token(token) => self.take_token(token, now).map(Some),
             Reply::Done(finish) => {
                 self.stage = Stage::Over;
                 Ok(Some(Step::End(finish)))
@@ -268,12 +279,11 @@ impl Attempt {
         }
     }
 
-    fn take_token(&mut self, token: Token) -> Result<Step, ControllerError> {
+    fn take_token(&mut self, token: Token, now: Instant) -> Result<Step, ControllerError> {
         if token.index != self.expected {
             let error = if self.disturbed { lost_tokens() } else { protocol_error("its tokens came out of order") };
             return Err(self.failed(error.with("index", token.index).with("expected", self.expected)));
         }
-        let now = Instant::now();
         // Tokens that are there already come before the timer is looked at.
         if self.timers.left(now).is_zero() {
             let error = self.timers.passed(Limit::Total);

@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -34,8 +35,8 @@ pub(super) struct Call {
     options: CallOptions,
     deadline: Deadline,
     started: Instant,
-    /// The model that the caller named.
-    asked_model: Box<str>,
+    /// What the caller asked: `request` names another model once a fallback is turned to.
+    asked: Arc<InferenceRequest>,
     /// Fallback models that have been turned to.
     fallbacks: usize,
     attempts: u32,
@@ -45,6 +46,8 @@ pub(super) struct Call {
     met: Vec<Value>,
     last: Option<ControllerError>,
     first_token: Option<Duration>,
+    /// Tokens that the record has not been told of.
+    unrecorded: u64,
     record: RequestRecord,
     ended: bool,
 }
@@ -93,7 +96,7 @@ impl Call {
             options,
             deadline,
             started,
-            asked_model: request.model_id.as_str().into(),
+            asked: request.clone(),
             prompt: core.router.wants_prefixes().then(|| PrefixHashes::of(&request)),
             request,
             fallbacks: 0,
@@ -103,6 +106,7 @@ impl Call {
             met: Vec::new(),
             last: None,
             first_token: None,
+            unrecorded: 0,
             record,
             ended: false,
         })
@@ -216,16 +220,24 @@ impl Call {
 
     /// The first token came.
     pub(super) fn first_token(&mut self) {
-        let now = Instant::now();
         if self.first_token.is_none() {
+            let now = Instant::now();
             self.first_token = Some(now.saturating_duration_since(self.started));
             self.record.first_token(now);
         }
     }
 
-    /// So many more tokens were delivered.
-    pub(super) fn tokens(&self, count: u64) {
-        self.record.tokens(count);
+    /// So many more tokens were delivered, which the record is told [together](Self::record_tokens).
+    pub(super) fn tokens(&mut self, count: u64) {
+        self.unrecorded += count;
+    }
+
+    /// Tells the record of the tokens that came.
+    pub(super) fn record_tokens(&mut self) {
+        match std::mem::take(&mut self.unrecorded) {
+            0 => {}
+            count => self.record.tokens(count),
+        }
     }
 
     /// The answer is complete.
@@ -252,8 +264,8 @@ impl Call {
             "request completed"
         );
         Answer {
-            request_id: self.request.request_id.clone(),
-            model_id: self.request.model_id.clone(),
+            request_id: metadata.request_id.clone(),
+            model_id: if self.fallbacks == 0 { metadata.model_id.clone() } else { self.request.model_id.as_str().into() },
             worker_id,
             text,
             finish_reason: finish.reason,
@@ -292,48 +304,66 @@ impl Call {
 
     /// Chooses a worker, waiting for a place where all are full.
     async fn lease(&mut self) -> Result<Lease, ControllerError> {
+        match self.lease_at_once(true, Instant::now()) {
+            Ok(lease) => Ok(lease),
+            // In a box, as other rare ways are, so that the usual one stays small.
+            Err(refusal) => self.lease_later(refusal).boxed().await,
+        }
+    }
+
+    /// Chooses a worker, if one has a place and, for those who are `polite`, nobody waits for it.
+    fn lease_at_once(&self, polite: bool, now: Instant) -> Result<Lease, Refusal> {
+        let line = self.line();
+        let rivals = |other: &str| self.core.router.is_shared(wanted(&line), wanted(other));
+        if polite && self.core.admission.is_waiting(&line, rivals) && self.may_wait(now) {
+            return Err(Refusal::Full);
+        }
+        self.select(now)
+    }
+
+    async fn lease_later(&mut self, mut refusal: Refusal) -> Result<Lease, ControllerError> {
         let mut ticket = None;
         loop {
             let now = Instant::now();
-            let line = match &self.options.worker_id {
-                Some(id) => Cow::Owned(format!("@{id}")),
-                None => Cow::Borrowed(self.request.model_id.as_str()),
-            };
-            let rivals = |other: &str| self.core.router.is_shared(wanted(&line), wanted(other));
-            let refusal = if ticket.is_none() && self.core.admission.is_waiting(&line, rivals) && self.may_wait(now) {
-                Refusal::Full
-            } else {
-                match self.select(now) {
-                    Ok(lease) => return Ok(lease),
-                    Err(refusal) => refusal,
+            if refusal == Refusal::Full {
+                let waiting = match &ticket {
+                    Some(ticket) => ticket,
+                    None => {
+                        let choosy = !self.failed.is_empty();
+                        let line = self.line();
+                        let joined = self.core.admission.join(&line, self.request.priority, choosy, self.deadline.at, now)?;
+                        joined.nudge(now);
+                        ticket.insert(joined)
+                    }
+                };
+                tokio::select! {
+                    biased;
+                    turn = waiting.turn() => turn?,
+                    () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
                 }
-            };
-            if refusal != Refusal::Full {
+            } else {
                 // Whoever waits for a worker to be asked again waits for no place.
                 ticket = None;
                 if matches!(refusal, Refusal::NoHealthyWorkers { .. } | Refusal::AllTried { .. }) {
                     let left_out = self.core.router.left_out(&self.query(&self.tried()), now);
                     self.core.left_out.tell(&self.request.request_id, &self.request.model_id, &left_out, now);
                 }
-                if self.revisit(&refusal, now).await? {
-                    continue;
+                if !self.revisit(&refusal, now).await? {
+                    return Err(self.refused(refusal));
                 }
-                return Err(self.refused(refusal));
             }
-            let waiting = match &ticket {
-                Some(ticket) => ticket,
-                None => {
-                    let choosy = !self.failed.is_empty();
-                    let joined = self.core.admission.join(&line, self.request.priority, choosy, self.deadline.at, now)?;
-                    joined.nudge(now);
-                    ticket.insert(joined)
-                }
-            };
-            tokio::select! {
-                biased;
-                turn = waiting.turn() => turn?,
-                () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
+            match self.lease_at_once(ticket.is_none(), Instant::now()) {
+                Ok(lease) => return Ok(lease),
+                Err(next) => refusal = next,
             }
+        }
+    }
+
+    /// The line that this request stands in where it has to wait.
+    fn line(&self) -> Cow<'_, str> {
+        match &self.options.worker_id {
+            Some(id) => Cow::Owned(format!("@{id}")),
+            None => Cow::Borrowed(self.request.model_id.as_str()),
         }
     }
 
@@ -446,7 +476,7 @@ impl Call {
     }
 
     fn next_fallback(&self) -> Option<&String> {
-        self.core.config.request_routing.fallback_models.get(&*self.asked_model)?.get(self.fallbacks)
+        self.core.config.request_routing.fallback_models.get(&self.asked.model_id)?.get(self.fallbacks)
     }
 
     /// Whether somebody may be asked for the next fallback model.
@@ -497,6 +527,7 @@ impl Call {
     /// Closes the books. What is recorded is final before the caller hears of it.
     fn end(&mut self, result: Result<(), &ControllerError>, now: Instant) -> Arc<RequestMetadata> {
         self.ended = true;
+        self.record_tokens();
         let metadata = self.record.finish(result, now);
         self.tell_end(result.err().map(ControllerError::code), now);
         metadata
@@ -524,6 +555,7 @@ impl Drop for Call {
         if self.ended {
             return;
         }
+        self.record_tokens();
         let now = Instant::now();
         let gone = ControllerError::new(ControllerErrorCode::Cancelled, "the caller went away");
         let metadata = self.record.finish(Err(&gone), now);

@@ -114,7 +114,11 @@ impl Budgets {
 
     /// A request for a model that is served was sent for the first time.
     pub(super) fn request(&mut self, model: &str, now: Instant) {
-        self.window(model).slice(now).0 += 1;
+        let window = match self.models.get_mut(model) {
+            Some(window) => window,
+            None => self.window(model),
+        };
+        window.slice(now).0 += 1;
     }
 
     /// Whether the cost of one retry after `code` is there.

@@ -1,10 +1,13 @@
 //! An answer as it comes: tokens in order, a commit point, one end.
 
+use futures_util::FutureExt;
+use tokio::time::Instant;
+
 use super::answer::{Answer, Logprobs};
 use super::attempt::{Attempt, Step, Whole};
 use super::call::Call;
 use crate::error::ControllerError;
-use crate::wire::{Finish, Token, WorkerId};
+use crate::wire::{Finish, Token, TokenIds, WorkerId};
 
 /// An answer as it comes. Dropping it before its end cancels the work on the worker.
 pub struct TokenStream {
@@ -27,7 +30,7 @@ impl TokenStream {
             let mut attempt = call.attempt().await?;
             let worker_id = attempt.worker().clone();
             match attempt.next().await {
-                Err(error) => call.failed(attempt, error).await?,
+                Err(error) => call.failed(attempt, error).boxed().await?,
                 first => {
                     let attempt = Some(attempt);
                     let mut stream = Self { attempt, call, worker_id, ready: Vec::new(), text: String::new(), outcome: None };
@@ -63,18 +66,38 @@ impl TokenStream {
     /// STREAM_INTERRUPTED: the worker failed; CONTROLLER_NOT_READY: the controller stopped. The stream is over, and says the
     /// same when it is asked again.
     pub async fn next_batch(&mut self) -> Result<Vec<Token>, ControllerError> {
-        if self.ready.is_empty()
-            && let Some(attempt) = &mut self.attempt
-        {
-            let step = attempt.next().await;
+        self.fetch().await?;
+        Ok(std::mem::take(&mut self.ready))
+    }
+
+    /// As [`Self::next_batch`], into a buffer that is used again and again. `false`: the answer is complete.
+    ///
+    /// # Errors
+    /// As [`Self::next_batch`].
+    pub async fn next_into(&mut self, tokens: &mut Vec<Token>) -> Result<bool, ControllerError> {
+        self.fetch().await?;
+        tokens.append(&mut self.ready);
+        Ok(!tokens.is_empty())
+    }
+
+    /// Waits for a token, and takes all that are there.
+    async fn fetch(&mut self) -> Result<(), ControllerError> {
+        let now = match &mut self.attempt {
+            Some(attempt) if self.ready.is_empty() => {
+                let step = attempt.next().await;
+                let now = attempt.latest();
+                self.follow(step);
+                now
+            }
+            _ => Instant::now(),
+        };
+        while let Some(step) = self.attempt.as_mut().and_then(|attempt| attempt.try_next(now).transpose()) {
             self.follow(step);
         }
-        while let Some(step) = self.attempt.as_mut().and_then(|attempt| attempt.try_next().transpose()) {
-            self.follow(step);
-        }
+        self.call.record_tokens();
         match &self.outcome {
             Some(Err(error)) if self.ready.is_empty() => Err(error.clone()),
-            _ => Ok(std::mem::take(&mut self.ready)),
+            _ => Ok(()),
         }
     }
 
@@ -103,7 +126,7 @@ impl TokenStream {
             Ok(Step::Whole(Whole { text, finish, logprobs })) => {
                 self.call.tokens(finish.usage.completion_tokens);
                 if !text.is_empty() {
-                    self.give(Token { text, index: 0, token_ids: Vec::new(), logprobs });
+                    self.give(Token { text, index: 0, token_ids: TokenIds::new(), logprobs });
                 }
                 self.complete(finish);
             }
@@ -137,6 +160,7 @@ pub(super) async fn gather(mut call: Call) -> Result<Answer, ControllerError> {
                 Ok(Step::Token(token)) => {
                     call.first_token();
                     call.tokens(token.width());
+                    call.record_tokens();
                     text.push_str(&token.text);
                     logprobs.add(token.logprobs);
                 }
@@ -148,6 +172,6 @@ pub(super) async fn gather(mut call: Call) -> Result<Answer, ControllerError> {
                 Err(error) => break error,
             }
         };
-        call.failed(attempt, failed).await?;
+        call.failed(attempt, failed).boxed().await?;
     }
 }

@@ -10,7 +10,7 @@ use super::json;
 use super::metadata::PyRequestMetadata;
 use crate::dispatch::Answer;
 use crate::telemetry::RequestMetadata;
-use crate::wire::{FinishReason, Json, Token, Usage, WorkerId};
+use crate::wire::{FinishReason, Json, Token, TokenIds, Usage, WorkerId};
 
 /// Characters of a text that a `repr` shows.
 const SHOWN: usize = 60;
@@ -45,8 +45,8 @@ pub(super) struct PyUsage(pub(super) Usage);
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct AnswerDocument {
-    request_id: String,
-    model_id: String,
+    request_id: Arc<str>,
+    model_id: Arc<str>,
     worker_id: WorkerId,
     text: String,
     finish_reason: FinishReason,
@@ -77,7 +77,7 @@ struct TokenDocument {
     #[serde(default)]
     index: u64,
     #[serde(default)]
-    token_ids: Vec<u32>,
+    token_ids: TokenIds,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     logprobs: Option<Json>,
 }
@@ -222,7 +222,7 @@ impl PyTokenEvent {
     #[pyo3(signature = (text, *, index=0, token_ids=Vec::new(), logprobs=None), text_signature = "(text, *, index=0, token_ids=(), logprobs=None)")]
     fn new(text: String, index: u64, token_ids: Vec<u32>, logprobs: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let logprobs = logprobs.map(|logprobs| json::passed_on("logprobs", logprobs)).transpose()?;
-        Ok(Self(Token { text, index, token_ids, logprobs }))
+        Ok(Self(Token { text, index, token_ids: token_ids.into(), logprobs }))
     }
 
     /// An event from its dictionary: as `to_dict` gives it, or a token message of the wire.
@@ -256,7 +256,7 @@ impl PyTokenEvent {
     /// The tokens, where the worker says them.
     #[getter]
     fn token_ids(&self) -> Vec<u32> {
-        self.0.token_ids.clone()
+        self.0.token_ids.to_vec()
     }
 
     /// Log probabilities, in the OpenAI API's shape.

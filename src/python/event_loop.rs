@@ -119,10 +119,11 @@ impl Waiter {
         let future = self.future.lock().take();
         let Some(future) = future else { return Ok(()) };
         let future = future.bind(py);
-        if !is_done(future)? {
-            future.call_method1(intern!(py, "set_result"), (py.None(),))?;
+        match future.call_method1(intern!(py, "set_result"), (py.None(),)) {
+            // Cancelled meanwhile, and not worth a question beforehand.
+            Err(_) if is_done(future)? => Ok(()),
+            set => set.map(drop),
         }
-        Ok(())
     }
 }
 

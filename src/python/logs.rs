@@ -67,7 +67,7 @@ pub(super) fn install() {
 #[pyfunction]
 pub(super) fn take_logs(py: Python<'_>, level: u8, timeout: f64) -> PyResult<Option<Bound<'_, PyList>>> {
     let Some(process) = runtime::existing() else { return Ok(None) };
-    WANTED.store(level, Ordering::Relaxed);
+    want(level);
     let timeout = Duration::try_from_secs_f64(timeout).unwrap_or(Duration::from_secs(1));
     let (records, lost, closed) = py.detach(|| {
         let mut buffer = process.logs.buffer.lock();
@@ -101,10 +101,17 @@ pub(super) fn take_logs(py: Python<'_>, level: u8, timeout: f64) -> PyResult<Opt
 /// Ends the gathering: what waits is still given out.
 #[pyfunction]
 pub(super) fn close_logs() {
-    WANTED.store(u8::MAX, Ordering::Relaxed);
+    want(u8::MAX);
     if let Some(process) = runtime::existing() {
         process.logs.buffer.lock().closed = true;
         process.logs.arrived.notify_all();
+    }
+}
+
+/// Records below this level are not made from now on: what makes them is told, and then costs next to nothing.
+fn want(level: u8) {
+    if WANTED.swap(level, Ordering::Relaxed) != level {
+        tracing::callsite::rebuild_interest_cache();
     }
 }
 
@@ -124,6 +131,12 @@ fn number(level: Level) -> u8 {
     }
 }
 
+fn is_wanted(metadata: &Metadata<'_>) -> bool {
+    // What libraries say of themselves is wanted when something is wrong.
+    let worth_it = metadata.target().starts_with(ROOT) || *metadata.level() <= LevelFilter::WARN;
+    worth_it && number(*metadata.level()) >= WANTED.load(Ordering::Relaxed)
+}
+
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
@@ -131,15 +144,15 @@ fn now() -> f64 {
 // === impl Forward ===
 
 impl<S: Subscriber> Layer<S> for Forward {
-    /// What is wanted changes: nothing about it is remembered.
-    fn register_callsite(&self, _metadata: &'static Metadata<'static>) -> Interest {
-        Interest::sometimes()
+    /// Asked again whenever another level is wanted.
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
+        if is_wanted(metadata) { Interest::always() } else { Interest::never() }
     }
 
-    fn enabled(&self, metadata: &Metadata<'_>, _context: Context<'_, S>) -> bool {
-        let ours = metadata.target().starts_with(ROOT);
-        // What libraries say of themselves is wanted when something is wrong.
-        (ours || *metadata.level() <= LevelFilter::WARN) && number(*metadata.level()) >= WANTED.load(Ordering::Relaxed)
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        let wanted = WANTED.load(Ordering::Relaxed);
+        let levels = [Level::TRACE, Level::DEBUG, Level::INFO, Level::WARN, Level::ERROR];
+        Some(levels.into_iter().find(|level| number(*level) >= wanted).map_or(LevelFilter::OFF, LevelFilter::from_level))
     }
 
     fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {

@@ -94,9 +94,11 @@ impl Reader {
     /// Reads a stream. To be called on the runtime.
     pub(super) fn new(mut stream: TokenStream, idle: Duration) -> Self {
         // A stream is handed out with its first token: that can be taken without another turn of the runtime.
-        let (tokens, end) = match stream.next_batch().now_or_never() {
-            Some(batch) => settled(batch, &stream).map_or_else(|end| (Vec::new(), Some(end)), |tokens| (tokens, None)),
-            None => (Vec::new(), None),
+        let mut tokens = Vec::new();
+        let end = match stream.next_into(&mut tokens).now_or_never() {
+            Some(Ok(false)) => Some(complete(&stream)),
+            Some(Err(error)) => Some(End::Failed(error)),
+            Some(Ok(true)) | None => None,
         };
         let over = end.is_some();
         let queue = Queue { tokens: tokens.into(), end, worker_id: stream.worker_id().clone(), waiter: None };
@@ -155,39 +157,42 @@ impl Drop for Reader {
 }
 
 async fn pull(channel: Arc<Channel>, mut stream: TokenStream, idle: Duration) {
+    let mut tokens = Vec::new();
     let end = loop {
-        tokio::select! {
-            biased;
-            () = channel.closed.cancelled() => break End::Closed,
-            room = tokio::time::timeout(idle, channel.room()) => if room.is_err() {
-                let message = format!("nothing was read of the stream for {} ms while {CAPACITY} events waited", idle.as_millis());
-                let error = ControllerError::new(ControllerErrorCode::StreamInterrupted, message).with("limit", "reader");
-                stream.abandon(error);
-            },
+        if !channel.has_room() {
+            tokio::select! {
+                biased;
+                () = channel.closed.cancelled() => break End::Closed,
+                room = tokio::time::timeout(idle, channel.room()) => if room.is_err() {
+                    stream.abandon(unread(idle));
+                },
+            }
         }
-        let batch = tokio::select! {
+        let more = tokio::select! {
             biased;
+            more = stream.next_into(&mut tokens) => more,
             () = channel.closed.cancelled() => break End::Closed,
-            batch = stream.next_batch() => batch,
         };
-        match settled(batch, &stream) {
-            Ok(tokens) => channel.put(tokens, stream.worker_id()),
-            Err(end) => break end,
+        match more {
+            Ok(true) if channel.put(&mut tokens, stream.worker_id()) => {}
+            Ok(true) => break End::Closed,
+            Ok(false) => break complete(&stream),
+            Err(error) => break End::Failed(error),
         }
     };
     drop(stream);
     channel.end(end);
 }
 
-/// What a batch is: tokens, or the end.
-fn settled(batch: Result<Vec<Token>, ControllerError>, stream: &TokenStream) -> Result<Vec<Token>, End> {
-    match batch {
-        Ok(batch) if batch.is_empty() => {
-            Err(stream.response().map_or(End::Closed, |answer| End::Complete(Arc::new(answer.clone()))))
-        }
-        Ok(batch) => Ok(batch),
-        Err(error) => Err(End::Failed(error)),
-    }
+/// The end of a stream that has no more tokens.
+fn complete(stream: &TokenStream) -> End {
+    stream.response().map_or(End::Closed, |answer| End::Complete(Arc::new(answer.clone())))
+}
+
+/// The end of a stream that nobody reads.
+fn unread(idle: Duration) -> ControllerError {
+    let message = format!("nothing was read of the stream for {} ms while {CAPACITY} events waited", idle.as_millis());
+    ControllerError::new(ControllerErrorCode::StreamInterrupted, message).with("limit", "reader")
 }
 
 // === impl Channel ===
@@ -198,23 +203,32 @@ impl Channel {
             let taken = self.taken.notified();
             tokio::pin!(taken);
             taken.as_mut().enable();
-            if self.queue.lock().tokens.len() < CAPACITY {
+            if self.has_room() {
                 return;
             }
             taken.await;
         }
     }
 
-    fn put(&self, batch: Vec<Token>, worker: &WorkerId) {
+    fn has_room(&self) -> bool {
+        self.queue.lock().tokens.len() < CAPACITY
+    }
+
+    /// False: nobody reads any more.
+    fn put(&self, batch: &mut Vec<Token>, worker: &WorkerId) -> bool {
         let waiter = {
             let mut queue = self.queue.lock();
-            queue.tokens.extend(batch);
+            if queue.end.is_some() {
+                return false;
+            }
+            queue.tokens.extend(batch.drain(..));
             if queue.worker_id != *worker {
                 queue.worker_id = worker.clone();
             }
             queue.waiter.take()
         };
         self.tell(waiter);
+        true
     }
 
     fn end(&self, end: End) {

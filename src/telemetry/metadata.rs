@@ -1,6 +1,7 @@
 //! What is known of one request: plain data, as HTTP answers and Python show it.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -12,9 +13,9 @@ use crate::wire::WorkerId;
 #[serde(rename_all = "camelCase")]
 pub struct RequestMetadata {
     /// Its name.
-    pub request_id: String,
+    pub request_id: Arc<str>,
     /// The model that was asked for.
-    pub model_id: String,
+    pub model_id: Arc<str>,
     /// The session it belongs to.
     pub session_id: Option<String>,
     /// When it came.

@@ -4,7 +4,7 @@
 //! Labels come from the fleet (worker ids, the models it serves) and from this program (codes, states), never from
 //! callers, and their number is bounded: a worker that is gone takes its series along.
 
-use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,8 +38,9 @@ const OK: &str = "OK";
 /// The numbers of one controller.
 pub struct Metrics {
     registry: Registry,
-    models: Mutex<BTreeSet<String>>,
-    workers: Mutex<BTreeSet<WorkerId>>,
+    models: Mutex<HashMap<Box<str>, Arc<OfModel>>>,
+    /// The fleet, with the count of attempts that went well.
+    workers: Mutex<HashMap<WorkerId, Counter>>,
     requests: Family<ModelCode, Counter>,
     duration: Family<Model, Histogram, fn() -> Histogram>,
     first_token: Family<Model, Histogram, fn() -> Histogram>,
@@ -51,6 +52,17 @@ pub struct Metrics {
     late_replies: Counter,
     dropped_replies: Counter,
     events_lost: Counter,
+}
+
+/// What every request for one model changes, looked up once.
+struct OfModel {
+    label: Box<str>,
+    ok: Counter,
+    duration: Histogram,
+    first_token: Histogram,
+    prompt: Counter,
+    completion: Counter,
+    cached: Counter,
 }
 
 /// What is true at the moment that the text is written.
@@ -193,31 +205,34 @@ impl Metrics {
         duration: Duration,
         first_token: Option<Duration>,
     ) {
-        let label = Model { model: self.model(model) };
-        self.duration.get_or_create(&label).observe(duration.as_secs_f64());
+        let of_model = self.of_model(model);
+        of_model.duration.observe(duration.as_secs_f64());
         if let Some(first_token) = first_token {
-            self.first_token.get_or_create(&label).observe(first_token.as_secs_f64());
+            of_model.first_token.observe(first_token.as_secs_f64());
         }
-        self.requests.get_or_create(&ModelCode { model: label.model, code: name(code) }).inc();
+        match code {
+            None => of_model.ok.inc(),
+            code => self.requests.get_or_create(&ModelCode { model: of_model.label.to_string(), code: name(code) }).inc(),
+        };
     }
 
     /// What an answer cost. `model` as in [`request_ended`](Self::request_ended).
     pub fn tokens(&self, model: Option<&str>, usage: &Usage) {
-        let model = self.model(model);
-        let counts = [("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens), ("cached", usage.cached_tokens)];
-        for (kind, count) in counts {
-            self.tokens.get_or_create(&ModelKind { model: model.clone(), kind }).inc_by(count);
-        }
+        let of_model = self.of_model(model);
+        of_model.prompt.inc_by(usage.prompt_tokens);
+        of_model.completion.inc_by(usage.completion_tokens);
+        of_model.cached.inc_by(usage.cached_tokens);
     }
 
     /// An attempt has ended; `code` is none for a success. Those that outlive their worker's place in the fleet are not
     /// counted: nothing would take their series away again.
     pub fn attempt_ended(&self, worker: &WorkerId, code: Option<ControllerErrorCode>) {
         let workers = self.workers.lock();
-        if !workers.contains(worker) {
-            return;
-        }
-        self.attempts.get_or_create(&WorkerCode { worker_id: worker.to_string(), code: name(code) }).inc();
+        match (workers.get(worker), code) {
+            (None, _) => 0,
+            (Some(ok), None) => ok.inc(),
+            (Some(_), code) => self.attempts.get_or_create(&of_worker(worker, code)).inc(),
+        };
     }
 
     /// Another attempt follows one that ended with this code.
@@ -252,7 +267,10 @@ impl Metrics {
 
     /// A worker is in the fleet: its attempts count.
     pub fn worker_registered(&self, worker: &WorkerId) {
-        self.workers.lock().insert(worker.clone());
+        let mut workers = self.workers.lock();
+        if !workers.contains_key(worker) {
+            workers.insert(worker.clone(), self.attempts.get_or_create_owned(&of_worker(worker, None)));
+        }
     }
 
     /// A worker has left the fleet: its series go.
@@ -276,28 +294,42 @@ impl Metrics {
 
     /// Whether this model has series of its own.
     pub fn knows_model(&self, model: &str) -> bool {
-        self.models.lock().contains(model)
+        self.models.lock().contains_key(model)
     }
 
-    /// The label of a model, which has series of its own where it is served and the number of them is not used up.
-    fn model(&self, model: Option<&str>) -> String {
-        let Some(model) = model else {
-            return UNKNOWN_MODEL.to_owned();
-        };
+    /// The series of a model, its own where it is served and the number of those is not used up. At zero where they are new.
+    fn of_model(&self, model: Option<&str>) -> Arc<OfModel> {
         let mut models = self.models.lock();
-        if !models.contains(model) {
-            if models.len() >= MODELS_MAX {
-                return UNKNOWN_MODEL.to_owned();
-            }
-            models.insert(model.to_owned());
+        if let Some(known) = model.and_then(|model| models.get(model)) {
+            return Arc::clone(known);
         }
-        model.to_owned()
+        let label = model.filter(|_| models.len() < MODELS_MAX).unwrap_or(UNKNOWN_MODEL);
+        if let Some(known) = models.get(label) {
+            return Arc::clone(known);
+        }
+        let new = Arc::new(self.new_model(label));
+        models.insert(label.into(), Arc::clone(&new));
+        new
+    }
+
+    fn new_model(&self, label: &str) -> OfModel {
+        let model = Model { model: label.to_owned() };
+        let tokens = |kind| self.tokens.get_or_create_owned(&ModelKind { model: label.to_owned(), kind });
+        OfModel {
+            label: label.into(),
+            ok: self.requests.get_or_create_owned(&ModelCode { model: label.to_owned(), code: OK }),
+            duration: self.duration.get_or_create_owned(&model),
+            first_token: self.first_token.get_or_create_owned(&model),
+            prompt: tokens("prompt"),
+            completion: tokens("completion"),
+            cached: tokens("cached"),
+        }
     }
 
     /// Called under the lock of `workers`, so that an attempt that ends now leaves nothing behind.
     fn forget(&self, worker: &WorkerId) {
         for code in ControllerErrorCode::ALL.into_iter().map(Some).chain([None]) {
-            self.attempts.remove(&WorkerCode { worker_id: worker.to_string(), code: name(code) });
+            self.attempts.remove(&of_worker(worker, code));
         }
     }
 }
@@ -346,6 +378,10 @@ impl Gauges {
 /// From five milliseconds to ten minutes, in seconds.
 fn duration_buckets() -> Histogram {
     Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0])
+}
+
+fn of_worker(worker: &WorkerId, code: Option<ControllerErrorCode>) -> WorkerCode {
+    WorkerCode { worker_id: worker.to_string(), code: name(code) }
 }
 
 fn name(code: Option<ControllerErrorCode>) -> &'static str {

@@ -4,11 +4,12 @@
 //! the oldest going first; every record ends, be it by its guard's drop. Nothing here waits: the map's lock is held for a
 //! look-up, a record's lock for a change of a few fields. Time comes in with each call.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use hashlink::LinkedHashMap;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -33,15 +34,13 @@ pub struct Requests {
 #[derive(Default)]
 struct Store {
     active: HashMap<Arc<str>, Arc<Live>>,
-    /// By the order of their ends.
-    ended: BTreeMap<u64, Ended>,
-    ended_by_id: HashMap<Arc<str>, u64>,
+    /// In the order of their ends.
+    ended: LinkedHashMap<Arc<str>, Ended>,
     begun: u64,
     completed: u64,
 }
 
 struct Ended {
-    id: Arc<str>,
     at: Instant,
     metadata: Arc<RequestMetadata>,
 }
@@ -89,8 +88,8 @@ impl Requests {
     pub fn begin(self: &Arc<Self>, request: &InferenceRequest, now: Instant) -> Result<RequestRecord, ControllerError> {
         let id: Arc<str> = request.request_id.as_str().into();
         let metadata = RequestMetadata {
-            request_id: request.request_id.clone(),
-            model_id: request.model_id.clone(),
+            request_id: id.clone(),
+            model_id: request.model_id.as_str().into(),
             session_id: request.session_id.clone(),
             start_time: epoch_ms(),
             end_time: None,
@@ -112,9 +111,7 @@ impl Requests {
                 .with("requestId", &*id));
         }
         store.forget_old(now, self.retention);
-        if let Some(place) = store.ended_by_id.remove(&id) {
-            store.ended.remove(&place);
-        }
+        store.ended.remove(&id);
         store.begun += 1;
         let state = Mutex::new(State { metadata: Arc::new(metadata), attempt: None });
         let live = Arc::new(Live { id: Arc::clone(&id), sequence: store.begun, start: now, state });
@@ -131,7 +128,7 @@ impl Requests {
             store.forget_old(now, self.retention);
             match store.active.get(id) {
                 Some(live) => live.snapshot(),
-                None => Arc::clone(&store.ended.get(store.ended_by_id.get(id)?)?.metadata),
+                None => Arc::clone(&store.ended.get(id)?.metadata),
             }
         };
         Some(Arc::unwrap_or_clone(found))
@@ -194,12 +191,10 @@ impl Requests {
         let mut store = self.store.lock();
         store.active.remove(&live.id);
         store.completed += 1;
-        let place = store.completed;
-        store.ended_by_id.insert(Arc::clone(&live.id), place);
-        store.ended.insert(place, Ended { id: Arc::clone(&live.id), at: now, metadata: live.snapshot() });
+        store.ended.insert(Arc::clone(&live.id), Ended { at: now, metadata: live.snapshot() });
         store.forget_old(now, self.retention);
         while store.ended.len() > self.max_entries {
-            store.forget_oldest();
+            store.ended.pop_front();
         }
     }
 }
@@ -208,16 +203,10 @@ impl Requests {
 
 impl Store {
     fn forget_old(&mut self, now: Instant, retention: Duration) {
-        while let Some(oldest) = self.ended.first_key_value()
-            && now.saturating_duration_since(oldest.1.at) > retention
+        while let Some((_, oldest)) = self.ended.front()
+            && now.saturating_duration_since(oldest.at) > retention
         {
-            self.forget_oldest();
-        }
-    }
-
-    fn forget_oldest(&mut self) {
-        if let Some((_, ended)) = self.ended.pop_first() {
-            self.ended_by_id.remove(&ended.id);
+            self.ended.pop_front();
         }
     }
 }
@@ -275,6 +264,8 @@ impl RequestRecord {
         let metadata = Arc::make_mut(&mut state.metadata);
         metadata.retry_count = u32::try_from(metadata.attempts.len()).unwrap_or(u32::MAX);
         metadata.selected_worker = Some(worker.clone());
+        // Most requests have one.
+        metadata.attempts.reserve_exact(1);
         metadata.attempts.push(Attempt {
             worker_id: worker.clone(),
             started_ms: metadata.start_time.saturating_add(whole_ms(since_start)),

@@ -107,11 +107,11 @@ impl LocalHub {
 }
 
 impl Transport for LocalHub {
-    fn send(&self, outgoing: Outgoing) -> BoxFuture<'_, Result<Mailbox, ControllerError>> {
+    fn send<'a>(&'a self, outgoing: &'a Outgoing) -> BoxFuture<'a, Result<Mailbox, ControllerError>> {
         let (postbox, mailbox) = mailbox();
         let port = self.ports.lock().get(&outgoing.worker).cloned();
         let message = LocalMessage::Request {
-            request: outgoing.request,
+            request: outgoing.request.clone(),
             attempt: outgoing.attempt,
             timeout: outgoing.timeout,
             controller_id: self.controller_id.clone(),

@@ -1,12 +1,16 @@
 //! The way back of one attempt: a bounded queue from whatever carries the replies to the attempt that waits for them.
 
+use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::wire::{Reply, Undecodable};
 
 /// How many deliveries wait in a mailbox at most. A worker answers one request with one message a token, so this is far
@@ -33,29 +37,64 @@ pub enum Delivery {
 /// Where an attempt receives.
 #[derive(Debug)]
 pub struct Mailbox {
-    address: Option<String>,
-    receiver: mpsc::Receiver<Delivery>,
+    shared: Arc<Shared>,
+    address: Option<Address>,
     on_drop: OnDrop,
 }
 
 /// Where a carrier posts. Clones post into the same mailbox.
-#[derive(Clone, Debug)]
-pub struct Postbox {
-    sender: mpsc::Sender<Delivery>,
-    /// The place that is kept for [`Delivery::Overflow`]; `None` once that is posted.
-    last: Arc<Mutex<Option<mpsc::OwnedPermit<Delivery>>>>,
+#[derive(Debug)]
+pub struct Postbox(Arc<Shared>);
+
+/// What a carrier knows a mailbox by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// Its place among those that wait.
+    pub slot: usize,
+    /// No other has had this number.
+    pub number: u64,
 }
+
+/// A reader that is to be woken, and a carrier that may do so later: when it has delivered all that there is.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Wake(Option<Waker>);
 
 /// Runs when it is dropped.
 #[derive(Default)]
 pub(super) struct OnDrop(Option<Box<dyn FnOnce() + Send + Sync>>);
 
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// How many postboxes there are.
+    postboxes: AtomicUsize,
+    /// Told when a full mailbox has room again, and when nobody waits any more.
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: VecDeque<Delivery>,
+    reader: Option<Waker>,
+    /// More came than fits: nothing follows.
+    overflowed: bool,
+    /// Nobody waits any more.
+    closed: bool,
+}
+
+/// What came of posting.
+enum Posted {
+    Taken(Option<Waker>),
+    Full(Delivery),
+    Refused(Option<Waker>),
+}
+
 /// A mailbox and the way into it.
 #[must_use]
 pub fn mailbox() -> (Postbox, Mailbox) {
-    let (sender, receiver) = mpsc::channel(CAPACITY + 1);
-    let last = Arc::new(Mutex::new(sender.clone().try_reserve_owned().ok()));
-    (Postbox { sender, last }, Mailbox { address: None, receiver, on_drop: OnDrop::default() })
+    let shared = Arc::new(Shared { state: Mutex::default(), postboxes: AtomicUsize::new(1), changed: Notify::new() });
+    (Postbox(Arc::clone(&shared)), Mailbox { shared, address: None, on_drop: OnDrop::default() })
 }
 
 // === impl Delivery ===
@@ -76,17 +115,17 @@ impl From<Result<Reply, Undecodable>> for Delivery {
 // === impl Mailbox ===
 
 impl Mailbox {
-    /// Gives it the name under which the worker answers.
+    /// Notes what the carrier knows it by.
     #[must_use]
-    pub fn at(mut self, address: String) -> Self {
+    pub fn at(mut self, address: Address) -> Self {
         self.address = Some(address);
         self
     }
 
-    /// The name under which the worker answers, where the carrier has such names.
+    /// What the carrier knows it by, where it has such names.
     #[must_use]
-    pub fn address(&self) -> Option<&str> {
-        self.address.as_deref()
+    pub fn address(&self) -> Option<Address> {
+        self.address
     }
 
     /// Has something run when the mailbox is dropped: the carrier forgets it.
@@ -96,14 +135,74 @@ impl Mailbox {
         self
     }
 
-    /// The next delivery; `None` when the carrier has gone.
+    /// The next delivery; `None` when the carrier has gone. Cancel-safe.
     pub async fn recv(&mut self) -> Option<Delivery> {
-        self.receiver.recv().await
+        poll_fn(|context| self.poll_recv(context)).await
+    }
+
+    /// As [`Self::recv`], to be polled.
+    pub fn poll_recv(&mut self, context: &mut Context<'_>) -> Poll<Option<Delivery>> {
+        let mut state = self.shared.state.lock();
+        if let Some(delivery) = self.shared.take(&mut state) {
+            return Poll::Ready(Some(delivery));
+        }
+        if self.shared.postboxes.load(Ordering::Acquire) == 0 {
+            return Poll::Ready(None);
+        }
+        match &mut state.reader {
+            Some(reader) => reader.clone_from(context.waker()),
+            none => *none = Some(context.waker().clone()),
+        }
+        Poll::Pending
     }
 
     /// The next delivery if it is there already.
     pub fn try_recv(&mut self) -> Option<Delivery> {
-        self.receiver.try_recv().ok()
+        self.shared.take(&mut self.shared.state.lock())
+    }
+}
+
+impl Drop for Mailbox {
+    fn drop(&mut self) {
+        let (waiting, reader) = {
+            let mut state = self.shared.state.lock();
+            state.closed = true;
+            (std::mem::take(&mut state.waiting), state.reader.take())
+        };
+        drop((waiting, reader));
+        self.shared.changed.notify_waiters();
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn take(&self, state: &mut State) -> Option<Delivery> {
+        let was_full = state.waiting.len() >= CAPACITY;
+        let delivery = state.waiting.pop_front();
+        if was_full {
+            self.changed.notify_waiters();
+        }
+        delivery
+    }
+
+    /// Posts, and where there is no room says so, in the place kept for that, unless the carrier is `patient`.
+    fn post(&self, delivery: Delivery, patient: bool) -> Posted {
+        let mut state = self.state.lock();
+        if state.closed || state.overflowed {
+            return Posted::Refused(None);
+        }
+        if state.waiting.len() < CAPACITY {
+            state.waiting.push_back(delivery);
+            return Posted::Taken(state.reader.take());
+        }
+        if patient {
+            return Posted::Full(delivery);
+        }
+        state.overflowed = true;
+        // The word is a delivery of its own: it wakes a reader that has come to the end in the meantime.
+        state.waiting.push_back(Delivery::Overflow);
+        Posted::Refused(state.reader.take())
     }
 }
 
@@ -113,52 +212,98 @@ impl Postbox {
     /// Posts, without waiting. `false`: the attempt is over, or its mailbox is full. One that was full once takes nothing
     /// more, and ends with [`Delivery::Overflow`].
     pub fn post(&self, delivery: Delivery) -> bool {
-        // Held until it is posted: nothing comes after the word that more came than fits.
-        let mut last = self.last.lock();
-        if last.is_none() {
-            return false;
-        }
-        match self.sender.try_send(delivery) {
-            Ok(()) => true,
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                // The word is a delivery of its own: it wakes a reader that has come to the end in the meantime.
-                if let Some(place) = last.take() {
-                    place.send(Delivery::Overflow);
-                }
-                false
-            }
-            Err(mpsc::error::TrySendError::Closed(_)) => false,
+        let (taken, wake) = self.post_quietly(delivery);
+        wake.wake();
+        taken
+    }
+
+    /// As [`Self::post`], for a carrier that has more to deliver first: the reader goes on once it is woken.
+    pub fn post_quietly(&self, delivery: Delivery) -> (bool, Wake) {
+        match self.0.post(delivery, false) {
+            Posted::Taken(reader) => (true, Wake(reader)),
+            Posted::Refused(reader) => (false, Wake(reader)),
+            Posted::Full(_) => (false, Wake(None)),
         }
     }
 
     /// Posts as soon as it fits, for a carrier that can hold its worker back. `false`: the attempt is over, or its mailbox
     /// was full for so long that it ends with [`Delivery::Overflow`].
     pub async fn post_in_time(&self, delivery: Delivery) -> bool {
-        match tokio::time::timeout(READER_LONGEST, self.sender.reserve()).await {
-            Ok(Ok(place)) => {
-                place.send(delivery);
-                true
+        let mut held = Some(delivery);
+        let posted = async {
+            loop {
+                let changed = self.0.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                let Some(delivery) = held.take() else { return false };
+                match self.0.post(delivery, true) {
+                    Posted::Taken(reader) => {
+                        Wake(reader).wake();
+                        return true;
+                    }
+                    Posted::Full(back) => held = Some(back),
+                    Posted::Refused(_) => return false,
+                }
+                changed.await;
             }
-            Ok(Err(_)) => false,
-            Err(_) => self.post(delivery),
+        };
+        match tokio::time::timeout(READER_LONGEST, posted).await {
+            Ok(taken) => taken,
+            Err(_) => held.is_some_and(|delivery| self.post(delivery)),
         }
     }
 
     /// Returns when nobody waits any more.
     pub async fn closed(&self) {
-        self.sender.closed().await;
+        loop {
+            let changed = self.0.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if self.is_closed() {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Whether another delivery fits now.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.sender.capacity() > 0
+        self.0.state.lock().waiting.len() < CAPACITY
     }
 
     /// Whether nobody waits any more.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.sender.is_closed()
+        self.0.state.lock().closed
+    }
+}
+
+impl Clone for Postbox {
+    fn clone(&self) -> Self {
+        self.0.postboxes.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl Drop for Postbox {
+    fn drop(&mut self) {
+        if self.0.postboxes.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // Under the lock: a reader that has looked before is on record, one that looks later sees the number.
+            let reader = self.0.state.lock().reader.take();
+            Wake(reader).wake();
+        }
+    }
+}
+
+// === impl Wake ===
+
+impl Wake {
+    /// Lets the reader go on, where one waits.
+    pub fn wake(self) {
+        if let Some(reader) = self.0 {
+            reader.wake();
+        }
     }
 }
 

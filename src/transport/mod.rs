@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 
 pub use local::{LocalHub, LocalMessage, LocalNews, LocalPort};
-pub use mailbox::{Delivery, Mailbox, Postbox, mailbox};
+pub use mailbox::{Address, Delivery, Mailbox, Postbox, Wake, mailbox};
 
 use crate::error::ControllerError;
 use crate::wire::{InferenceRequest, WorkerId};
@@ -44,7 +44,7 @@ pub trait Transport: Send + Sync + 'static {
     /// # Errors
     /// NATS_ERROR while our own connection is down, PAYLOAD_TOO_LARGE beyond the carrier's limit, WORKER_UNAVAILABLE where
     /// nobody listens.
-    fn send(&self, outgoing: Outgoing) -> BoxFuture<'_, Result<Mailbox, ControllerError>>;
+    fn send<'a>(&'a self, outgoing: &'a Outgoing) -> BoxFuture<'a, Result<Mailbox, ControllerError>>;
 
     /// Tells the worker to stop an attempt that was sent, and whose replies come to this mailbox. Never waits and never
     /// fails: a worker that does not hear it stops at its deadline.

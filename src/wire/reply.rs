@@ -4,8 +4,12 @@ use std::borrow::Cow;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use super::Json;
+
+/// The ids of a piece of an answer: mostly one.
+pub type TokenIds = SmallVec<[u32; 4]>;
 
 /// One message of an answer.
 #[derive(Clone, PartialEq)]
@@ -47,7 +51,7 @@ pub struct Token {
     /// The place of its first token in the answer, from 0.
     pub index: u64,
     /// The tokens, where the worker says them.
-    pub token_ids: Vec<u32>,
+    pub token_ids: TokenIds,
     /// Log probabilities, in the OpenAI API's shape.
     pub logprobs: Option<Json>,
 }
@@ -111,7 +115,7 @@ struct Message<'a> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     index: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    token_ids: Option<Vec<u32>>,
+    token_ids: Option<TokenIds>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     logprobs: Option<Json>,
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
@@ -333,7 +337,7 @@ mod tests {
         };
         for reply in [
             Reply::Accepted { queue_position: 3 },
-            Reply::Token(Token { text: "Hel\n\u{1f600}".into(), index: 7, token_ids: vec![1, 2], logprobs: None }),
+            Reply::Token(Token { text: "Hel\n\u{1f600}".into(), index: 7, token_ids: vec![1, 2].into(), logprobs: None }),
             Reply::Done(finish.clone()),
             Reply::Response { text: "Hello".into(), finish, logprobs: None },
             Reply::Error { message: "full".into(), code: Some("WORKER_OVERLOADED".into()), retry_after_ms: Some(-1) },

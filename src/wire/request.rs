@@ -1,7 +1,9 @@
 //! What is asked of a worker.
 
+use std::borrow::Cow;
 use std::fmt;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::Json;
@@ -136,6 +138,17 @@ pub struct Cancel {
 // === impl InferenceRequest ===
 
 impl InferenceRequest {
+    /// Writes the message.
+    ///
+    /// # Errors
+    /// None that is known: texts, numbers and JSON that was parsed before.
+    pub fn encode(&self) -> serde_json::Result<Bytes> {
+        let long = [&self.messages, &self.tools].into_iter().flatten().map(|json| json.text().len()).sum::<usize>();
+        let mut bytes = Vec::with_capacity(512 + long + self.prompt.as_ref().map_or(0, String::len));
+        serde_json::to_writer(&mut bytes, self)?;
+        Ok(bytes.into())
+    }
+
     /// Checks everything that can be judged without a model.
     ///
     /// # Errors
@@ -261,10 +274,11 @@ fn within(field: &str, value: Option<f64>, least: f64, most: f64) -> Result<(), 
 
 fn check_messages(messages: &Json) -> Result<(), ControllerError> {
     #[derive(Deserialize)]
-    struct Message {
-        role: String,
+    struct Message<'a> {
+        #[serde(borrow)]
+        role: Cow<'a, str>,
     }
-    let messages: Vec<Message> = messages.read().map_err(|_| {
+    let messages: Vec<Message<'_>> = serde_json::from_str(messages.text()).map_err(|_| {
         invalid("messages", r#"is not a list of objects with a "role" each, such as [{"role": "user", "content": "Hello"}]"#)
     })?;
     if messages.is_empty() {

@@ -48,7 +48,7 @@ pub fn controller_heartbeat(prefix: &str) -> String {
 /// A worker takes requests here.
 #[must_use]
 pub fn inference(prefix: &str, worker: &WorkerId) -> String {
-    format!("{prefix}inference.{worker}")
+    [prefix, "inference.", worker.as_str()].concat()
 }
 
 /// A worker is told here to stop.

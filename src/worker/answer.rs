@@ -265,7 +265,7 @@ impl Answer {
             let token = Token {
                 text: head.to_owned(),
                 index: state.next_index,
-                token_ids: std::mem::take(&mut ids).to_vec(),
+                token_ids: std::mem::take(&mut ids).into(),
                 logprobs: logprobs.take(),
             };
             state.next_index += token.width();

@@ -150,7 +150,7 @@ async fn a_stream_that_breaks_after_tokens_is_interrupted() {
 
 #[tokio::test(start_paused = true)]
 async fn tokens_out_of_order_are_a_protocol_error() {
-    let token = |index| Post(Reply::Token(Token { text: "x".into(), index, token_ids: vec![1], logprobs: None }));
+    let token = |index| Post(Reply::Token(Token { text: "x".into(), index, token_ids: vec![1].into(), logprobs: None }));
     for script in [vec![token(1)], vec![token(0), token(0)], vec![token(0), token(2)], vec![token(0), token(1), token(0)]] {
         let controller = controller(json!({"retry": {"enabled": false}})).await;
         let worker = worker(&controller, "w", &script);
@@ -298,6 +298,6 @@ async fn a_worker_that_no_longer_serves_a_model_leads_to_the_fallback() {
     worker(&controller, "w0", &[Fail("MODEL_NOT_FOUND")]);
     worker_for(&controller, &registration("w1", &["small"], 0), &[Respond("ok")]);
     let answer = buffered(&controller).await.unwrap();
-    assert_eq!((answer.model_id.as_str(), answer.metadata.retry_count), ("small", 1));
+    assert_eq!((&*answer.model_id, answer.metadata.retry_count), ("small", 1));
     assert_at_rest(&controller);
 }

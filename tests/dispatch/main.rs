@@ -147,7 +147,7 @@ async fn perform(script: Vec<Act>, postbox: Postbox, leave: tokio::sync::mpsc::S
             Accept => Reply::Accepted { queue_position: 0 },
             Say(text) => {
                 index += 1;
-                Reply::Token(Token { text: text.into(), index: index - 1, token_ids: vec![7], logprobs: None })
+                Reply::Token(Token { text: text.into(), index: index - 1, token_ids: vec![7].into(), logprobs: None })
             }
             Done => Reply::Done(finish(index)),
             Respond(text) => Reply::Response { text: text.into(), finish: finish(3), logprobs: None },

@@ -5,7 +5,7 @@ async fn a_whole_answer() {
     let controller = controller(json!({})).await;
     let worker = worker(&controller, "w", &[Accept, Respond("Hello, world")]);
     let answer = buffered(&controller).await.unwrap();
-    assert_eq!((answer.text.as_str(), answer.worker_id.as_str(), answer.model_id.as_str()), ("Hello, world", "w", "m"));
+    assert_eq!((answer.text.as_str(), answer.worker_id.as_str(), &*answer.model_id), ("Hello, world", "w", "m"));
     assert_eq!(answer.usage.completion_tokens, 3);
     assert_eq!((answer.metadata.retry_count, answer.metadata.tokens), (0, 3));
     assert_eq!(*answer.metadata, controller.request_metrics("r").unwrap());
@@ -90,7 +90,7 @@ async fn a_fallback_model_answers_under_its_own_name() {
     let worker = worker(&controller, "w", &[Respond("small")]);
     let answer =
         controller.buffered(InferenceRequest { model_id: "big".into(), ..request() }, CallOptions::default()).await.unwrap();
-    assert_eq!(answer.model_id, "m");
+    assert_eq!(&*answer.model_id, "m");
     assert_eq!(worker.last().request.model_id, "m");
 }
 

@@ -287,7 +287,7 @@ impl<'a> Judged<'a> {
             complaints.push(format!("it was told {text:?}, and {last:?} said {said:?}"));
         }
         if let End::Answer(answer) = &self.met.end {
-            let whole = answer.text == said && answer.model_id == last.map_or("", |served| &served.model);
+            let whole = answer.text == said && *answer.model_id == *last.map_or("", |served| &served.model);
             if !whole || last.is_none_or(|served| served.worker != answer.worker_id.as_str()) {
                 complaints.push(format!("its answer is {:?} by {}, and {last:?} said {said:?}", answer.text, answer.worker_id));
             }

@@ -59,7 +59,7 @@ impl Fleet {
     }
 
     pub async fn ask(&self, worker: &Worker, request: InferenceRequest) -> Mailbox {
-        self.transport.send(outgoing(worker.id(), request, 1, Duration::from_secs(60))).await.unwrap()
+        self.transport.send(&outgoing(worker.id(), request, 1, Duration::from_secs(60))).await.unwrap()
     }
 
     /// The end of interest in the request of this name whose replies come to the mailbox.

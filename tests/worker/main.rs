@@ -67,7 +67,7 @@ impl Local {
     }
 
     async fn ask(&self, request: InferenceRequest, attempt: u32, timeout: Duration) -> Mailbox {
-        self.hub.send(outgoing(self.worker.id(), request, attempt, timeout)).await.unwrap()
+        self.hub.send(&outgoing(self.worker.id(), request, attempt, timeout)).await.unwrap()
     }
 
     fn cancel(&self, id: &str, attempt: u32) {

@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 use super::refusal;
 use super::sse::Event;
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::wire::{Finish, FinishReason, Json, Reply, Token, Usage};
+use crate::wire::{Finish, FinishReason, Json, Reply, Token, TokenIds, Usage};
 
 /// Events in one answer that may be in no shape that is known before it is given up.
 const MALFORMED_MOST: u32 = 16;
@@ -194,7 +194,7 @@ impl Answer {
         let index = self.next;
         self.next += 1;
         let logprobs = choice.logprobs.and_then(chat_logprobs);
-        Ok(Some(Token { text: text.map(Cow::into_owned).unwrap_or_default(), index, token_ids: Vec::new(), logprobs }))
+        Ok(Some(Token { text: text.map(Cow::into_owned).unwrap_or_default(), index, token_ids: TokenIds::new(), logprobs }))
     }
 
     /// Whether only counts can follow.

@@ -70,13 +70,13 @@ impl HttpTransport {
 }
 
 impl Transport for HttpTransport {
-    fn send(&self, outgoing: Outgoing) -> BoxFuture<'_, Result<Mailbox, ControllerError>> {
+    fn send<'a>(&'a self, outgoing: &'a Outgoing) -> BoxFuture<'a, Result<Mailbox, ControllerError>> {
         let Some(server) = self.server(&outgoing.worker).cloned() else {
             let what = format!("worker {} is no entry of workers.static", outgoing.worker);
             return ready(Err(ControllerError::new(ControllerErrorCode::InternalError, what))).boxed();
         };
         let (postbox, mailbox) = mailbox();
-        tokio::spawn(exchange::run(self.client.clone(), server, outgoing, postbox));
+        tokio::spawn(exchange::run(self.client.clone(), server, outgoing.clone(), postbox));
         ready(Ok(mailbox)).boxed()
     }
 

@@ -8,17 +8,17 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::{HeaderMap, HeaderValue};
+use async_nats::{HeaderMap, HeaderValue, Subject};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::connection::NatsConnection;
-use super::header_value;
 use super::inbox::Inbox;
-use crate::error::{ControllerError, ControllerErrorCode};
+use super::{CONTROLLER_ID, REPLY_TO};
+use crate::error::ControllerErrorCode;
 use crate::transport::{Mailbox, Outgoing};
-use crate::wire::{Cancel, header, subject};
+use crate::wire::{Cancel, subject};
 
 /// How many wait to be published, and how many are remembered until they are known to be heard; beyond it they are left to
 /// the workers' own deadlines.
@@ -38,12 +38,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Cancels {
     prefix: Box<str>,
     controller_id: HeaderValue,
+    inbox: Arc<Inbox>,
     queue: mpsc::Sender<Cancellation>,
 }
 
 #[derive(Debug)]
 struct Cancellation {
-    to: String,
+    to: Subject,
     headers: HeaderMap,
     payload: Bytes,
     /// Since it went out for the first time.
@@ -75,19 +76,16 @@ pub(super) fn unheard() -> (mpsc::Sender<u64>, mpsc::Receiver<u64>) {
 
 impl Cancels {
     /// The place for cancellations, and what publishes them until that place is gone.
-    ///
-    /// # Errors
-    /// REQUEST_VALIDATION_FAILED: the controller's name cannot stand in a header.
     pub(super) fn new(
         connection: NatsConnection,
-        controller_id: &str,
+        controller_id: HeaderValue,
         inbox: Arc<Inbox>,
         unheard: mpsc::Receiver<u64>,
-    ) -> Result<(Self, impl Future<Output = ()> + Send + use<>), ControllerError> {
+    ) -> (Self, impl Future<Output = ()> + Send + use<>) {
         let (queue, queued) = mpsc::channel(CAPACITY);
         let prefix = connection.prefix().into();
-        let publisher = Publisher { connection, inbox, sent: Sent::default(), again: BTreeMap::new() };
-        Ok((Self { prefix, controller_id: header_value(controller_id)?, queue }, publisher.run(queued, unheard)))
+        let publisher = Publisher { connection, inbox: Arc::clone(&inbox), sent: Sent::default(), again: BTreeMap::new() };
+        (Self { prefix, controller_id, inbox, queue }, publisher.run(queued, unheard))
     }
 
     /// Leaves one, without waiting. No room: the worker stops at its deadline.
@@ -95,12 +93,14 @@ impl Cancels {
         let cancel = Cancel { request_id: outgoing.request.request_id.clone(), attempt: outgoing.attempt };
         // Two controllers may have requests of one name at one worker, and one controller may, one soon after the other.
         let mut headers = HeaderMap::new();
-        headers.insert(header::CONTROLLER_ID, self.controller_id.clone());
-        if let Some(Ok(address)) = mailbox.address().map(header_value) {
-            headers.insert(header::REPLY_TO, address);
+        headers.insert(CONTROLLER_ID, self.controller_id.clone());
+        if let Some(address) = mailbox.address() {
+            let mut subject = String::new();
+            self.inbox.write_subject(address, &mut subject);
+            headers.insert(REPLY_TO, subject);
         }
         let Ok(payload) = serde_json::to_vec(&cancel) else { return };
-        let to = subject::cancel(&self.prefix, &outgoing.worker);
+        let to = subject::cancel(&self.prefix, &outgoing.worker).into();
         let _ = self.queue.try_send(Cancellation { to, headers, payload: payload.into(), since: None, pause: FIRST_PAUSE });
     }
 }
@@ -133,8 +133,9 @@ impl Publisher {
     /// nobody afterwards.
     async fn publish(&mut self, mut cancellation: Cancellation) {
         let Cancellation { to, headers, payload, .. } = &cancellation;
-        let word = self.inbox.of_cancellation(self.sent.next());
-        while let Err(error) = self.connection.publish_request(to.clone(), word.clone(), headers.clone(), payload.clone()).await {
+        let word = Subject::from(self.inbox.of_cancellation(self.sent.next()));
+        let publish = async || self.connection.publish_request(to.clone(), word.clone(), headers.clone(), payload.clone())?.await;
+        while let Err(error) = publish().await {
             if error.code() != ControllerErrorCode::NatsError {
                 return;
             }
@@ -217,7 +218,13 @@ mod tests {
     use super::*;
 
     fn cancellation(name: &str) -> Cancellation {
-        Cancellation { to: name.to_owned(), headers: HeaderMap::new(), payload: Bytes::new(), since: None, pause: FIRST_PAUSE }
+        Cancellation {
+            to: name.to_owned().into(),
+            headers: HeaderMap::new(),
+            payload: Bytes::new(),
+            since: None,
+            pause: FIRST_PAUSE,
+        }
     }
 
     #[test]
@@ -226,7 +233,7 @@ mod tests {
         for name in ["a", "b"] {
             sent.push(cancellation(name), now);
         }
-        assert_eq!(sent.take(1).map(|one| one.to), Some("b".to_owned()));
+        assert_eq!(sent.take(1).map(|one| one.to), Some("b".into()));
         assert!(sent.take(1).is_none() && sent.take(2).is_none());
         sent.expire(now + WORD);
         assert!(sent.take(0).is_none() && sent.expiry().is_none());
@@ -241,6 +248,6 @@ mod tests {
         }
         assert_eq!((sent.places.len(), sent.next()), (CAPACITY, CAPACITY as u64 + 1));
         assert!(sent.take(0).is_none());
-        assert_eq!(sent.take(1).map(|one| one.to), Some("1".to_owned()));
+        assert_eq!(sent.take(1).map(|one| one.to), Some("1".into()));
     }
 }

@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Event, HeaderMap, StatusCode};
+use async_nats::{Client, ConnectOptions, Event, HeaderMap, StatusCode, Subject};
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{StreamExt, TryFutureExt};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -163,15 +163,16 @@ impl NatsConnection {
     ///
     /// # Errors
     /// As [`Self::publish`].
-    pub(super) async fn publish_request(
+    pub(super) fn publish_request(
         &self,
-        subject: String,
-        reply: String,
+        subject: Subject,
+        reply: Subject,
         headers: HeaderMap,
         payload: Bytes,
-    ) -> Result<(), ControllerError> {
+    ) -> Result<impl Future<Output = Result<(), ControllerError>> + Send + use<'_>, ControllerError> {
         self.ready_for(payload.len() + HEADERS)?;
-        self.client.publish_with_reply_and_headers(subject, reply, headers, payload).await.map_err(|error| lost(&error))
+        let published = self.client.publish_with_reply_and_headers(subject, reply, headers, payload);
+        Ok(published.map_err(|error| lost(&error)))
     }
 
     /// Subscribes. The subscription survives reconnects.

@@ -3,27 +3,29 @@
 //! Each attempt has a subject of its own. Its entry lives exactly as long as its mailbox; what comes later finds no entry
 //! and is counted.
 
+use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use slab::Slab;
 use tokio::sync::{Notify, mpsc};
 
 use super::connection::{Incoming, NatsConnection, Subscription};
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::transport::{Delivery, Mailbox, Postbox, mailbox};
+use crate::transport::{Address, Delivery, Mailbox, Postbox, Wake, mailbox};
 use crate::wire::Reply;
 
 /// The waiting attempts of one controller.
 #[derive(Debug)]
 pub(super) struct Inbox {
-    /// `_INBOX.<unique>.`; an attempt's slot and generation follow.
+    /// `_INBOX.<unique>.`; an attempt's slot and number follow.
     prefix: String,
     entries: Mutex<Slab<Entry>>,
-    generation: AtomicU64,
+    numbers: AtomicU64,
     late: AtomicU64,
     /// An echo came.
     echoed: Notify,
@@ -33,6 +35,8 @@ pub(super) struct Inbox {
     unheard: mpsc::Sender<u64>,
 }
 
+/// How many messages are delivered at most before those who wait for them go on.
+const TOGETHER: usize = 256;
 /// Where echoes come back: no attempt's subject is called so.
 const ECHO: &str = "echo";
 /// Where the server says that nobody heard a cancellation, whose number follows.
@@ -40,7 +44,7 @@ const CANCELLATION: &str = "cancel-";
 
 #[derive(Debug)]
 struct Entry {
-    generation: u64,
+    number: u64,
     postbox: Postbox,
 }
 
@@ -57,7 +61,7 @@ impl Inbox {
         let inbox = Self {
             prefix,
             entries: Mutex::default(),
-            generation: AtomicU64::new(0),
+            numbers: AtomicU64::new(0),
             late: AtomicU64::new(0),
             echoed: Notify::new(),
             silent: AtomicBool::new(false),
@@ -66,10 +70,17 @@ impl Inbox {
         Ok((Arc::new(inbox), subscription))
     }
 
-    /// A new entry: the subject for the replies, and the mailbox that they reach.
-    pub(super) fn enter(self: &Arc<Self>) -> (String, Mailbox) {
-        let (slot, generation, _, mailbox) = self.open_entry();
-        (format!("{}{slot}-{generation}", self.prefix), mailbox)
+    /// A new entry, and the mailbox that its replies reach.
+    pub(super) fn enter(self: &Arc<Self>) -> (Address, Mailbox) {
+        let (address, _, mailbox) = self.open_entry();
+        (address, mailbox.at(address))
+    }
+
+    /// Writes the subject for the replies to an entry.
+    pub(super) fn write_subject(&self, of: Address, into: &mut String) {
+        into.reserve(self.prefix.len() + 32);
+        // Writing into a String cannot fail.
+        let _ = write!(into, "{}{}-{}", self.prefix, of.slot, of.number);
     }
 
     /// Where the server says that nobody heard a cancellation.
@@ -79,14 +90,22 @@ impl Inbox {
 
     /// A new entry whose replies come another way: the way into its mailbox, and the mailbox.
     pub(super) fn admit(self: &Arc<Self>) -> (Postbox, Mailbox) {
-        let (_, _, postbox, mailbox) = self.open_entry();
+        let (_, postbox, mailbox) = self.open_entry();
         (postbox, mailbox)
     }
 
-    /// Hands every reply to its attempt, until the connection is closed.
+    /// Hands every reply to its attempt, until the connection is closed. What has come together is delivered before those
+    /// who wait for it go on, so that they find all of it at once.
     pub(super) async fn run(self: Arc<Self>, mut subscription: Subscription) {
+        let mut waiting = Vec::with_capacity(TOGETHER);
         while let Some(message) = subscription.next().await {
-            self.deliver(&message);
+            waiting.push(self.deliver(&message));
+            while waiting.len() < TOGETHER
+                && let Some(Some(message)) = subscription.next().now_or_never()
+            {
+                waiting.push(self.deliver(&message));
+            }
+            waiting.drain(..).for_each(Wake::wake);
         }
         self.fail_all();
     }
@@ -130,22 +149,22 @@ impl Inbox {
         self.late.load(Ordering::Relaxed)
     }
 
-    fn deliver(&self, message: &Incoming) {
+    fn deliver(&self, message: &Incoming) -> Wake {
         if message.subject.strip_prefix(&self.prefix) == Some(ECHO) {
             self.silent.store(false, Ordering::Relaxed);
             self.echoed.notify_one();
-            return;
+            return Wake::default();
         }
         if let Some(number) = message.subject.strip_prefix(&self.prefix).and_then(|rest| rest.strip_prefix(CANCELLATION)) {
             // A worker may answer a cancellation here; that is of no interest.
             if let (true, Ok(number)) = (message.no_responders(), number.parse()) {
                 let _ = self.unheard.try_send(number);
             }
-            return;
+            return Wake::default();
         }
         let Some(postbox) = self.find(&message.subject) else {
             self.late.fetch_add(1, Ordering::Relaxed);
-            return;
+            return Wake::default();
         };
         let delivery = if message.no_responders() {
             Delivery::Failed(
@@ -155,9 +174,11 @@ impl Inbox {
         } else {
             Reply::decode(&message.payload).into()
         };
-        if !postbox.post(delivery) {
+        let (taken, wake) = postbox.post_quietly(delivery);
+        if !taken {
             self.late.fetch_add(1, Ordering::Relaxed);
         }
+        wake
     }
 
     fn tell_all(&self, delivery: impl Fn() -> Delivery) {
@@ -166,24 +187,25 @@ impl Inbox {
         }
     }
 
-    fn open_entry(self: &Arc<Self>) -> (usize, u64, Postbox, Mailbox) {
+    fn open_entry(self: &Arc<Self>) -> (Address, Postbox, Mailbox) {
         let (postbox, mailbox) = mailbox();
         if self.silent.load(Ordering::Relaxed) {
             postbox.post(Delivery::Disturbed);
         }
-        let generation = self.generation.fetch_add(1, Ordering::Relaxed);
-        let slot = self.entries.lock().insert(Entry { generation, postbox: postbox.clone() });
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let slot = self.entries.lock().insert(Entry { number, postbox: postbox.clone() });
         let inbox = Arc::clone(self);
         let mailbox = mailbox.on_drop(move || {
-            inbox.entries.lock().try_remove(slot);
+            let entry = inbox.entries.lock().try_remove(slot);
+            drop(entry);
         });
-        (slot, generation, postbox, mailbox)
+        (Address { slot, number }, postbox, mailbox)
     }
 
     fn find(&self, subject: &str) -> Option<Postbox> {
-        let (slot, generation) = subject.strip_prefix(&self.prefix)?.split_once('-')?;
-        let (slot, generation) = (slot.parse().ok()?, generation.parse::<u64>().ok()?);
+        let (slot, number) = subject.strip_prefix(&self.prefix)?.split_once('-')?;
+        let (slot, number) = (slot.parse().ok()?, number.parse::<u64>().ok()?);
         let entries = self.entries.lock();
-        entries.get(slot).filter(|entry| entry.generation == generation).map(|entry| entry.postbox.clone())
+        entries.get(slot).filter(|entry| entry.number == number).map(|entry| entry.postbox.clone())
     }
 }

@@ -12,7 +12,7 @@ mod survey;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::HeaderMap;
+use async_nats::{HeaderMap, HeaderName, HeaderValue, Subject};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -25,7 +25,7 @@ use inbox::Inbox;
 pub use service::{Asked, WorkerService};
 pub use survey::{ServerFacts, Sighting, Survey, survey};
 
-use super::{Mailbox, Outgoing, Transport};
+use super::{Address, Mailbox, Outgoing, Transport};
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::wire::{header, subject};
 
@@ -33,6 +33,12 @@ use crate::wire::{header, subject};
 /// `acceptTimeoutMs`, so that a link that swallows everything is known before workers seem to be silent.
 const ECHO_EVERY: Duration = Duration::from_millis(500);
 const ECHO_LIMIT: Duration = Duration::from_secs(1);
+const REQUEST_ID: HeaderName = HeaderName::from_static(header::REQUEST_ID);
+const ATTEMPT: HeaderName = HeaderName::from_static(header::ATTEMPT);
+const CONTROLLER_ID: HeaderName = HeaderName::from_static(header::CONTROLLER_ID);
+const TIMEOUT_MS: HeaderName = HeaderName::from_static(header::TIMEOUT_MS);
+const TRACEPARENT: HeaderName = HeaderName::from_static(header::TRACEPARENT);
+const REPLY_TO: HeaderName = HeaderName::from_static(header::REPLY_TO);
 /// A trace context has 55 characters in its first version, and may have more in later ones.
 const TRACEPARENT_LONGEST: usize = 256;
 
@@ -40,7 +46,7 @@ const TRACEPARENT_LONGEST: usize = 256;
 #[derive(Debug)]
 pub struct NatsTransport {
     connection: NatsConnection,
-    controller_id: Arc<str>,
+    controller_id: HeaderValue,
     inbox: Arc<Inbox>,
     cancels: Cancels,
     grace: Duration,
@@ -60,7 +66,8 @@ impl NatsTransport {
     pub async fn open(connection: NatsConnection, controller_id: Arc<str>, grace: Duration) -> Result<Self, ControllerError> {
         let (unheard, news) = cancels::unheard();
         let (inbox, subscription) = Inbox::open(&connection, unheard).await?;
-        let (cancels, publisher) = Cancels::new(connection.clone(), &controller_id, inbox.clone(), news)?;
+        let controller_id = header_value(&controller_id)?;
+        let (cancels, publisher) = Cancels::new(connection.clone(), controller_id.clone(), inbox.clone(), news);
         let grace = if connection.servers() > 1 { grace } else { Duration::ZERO };
         let tasks = [
             tokio::spawn(Arc::clone(&inbox).run(subscription)),
@@ -83,35 +90,53 @@ impl NatsTransport {
         self.inbox.late()
     }
 
-    async fn publish(&self, outgoing: Outgoing) -> Result<Mailbox, ControllerError> {
-        self.wait_for_server().await;
-        if outgoing.older {
-            return older::publish(&self.connection, &self.inbox, &outgoing).await;
+    async fn publish(&self, outgoing: &Outgoing) -> Result<Mailbox, ControllerError> {
+        // In boxes, so that the rare ways do not make the usual one larger.
+        if !self.connection.is_connected() {
+            self.wait_for_server().boxed().await;
         }
-        let payload = serde_json::to_vec(&*outgoing.request).map_err(|error| {
+        if outgoing.older {
+            return older::publish(&self.connection, &self.inbox, outgoing).boxed().await;
+        }
+        let payload = outgoing.request.encode().map_err(|error| {
             ControllerError::new(ControllerErrorCode::InternalError, format!("cannot encode the request: {error}"))
         })?;
+        let headers = self.headers(outgoing)?;
+        let (address, mailbox) = self.inbox.enter();
+        let (to, reply) = self.subjects(outgoing, address)?;
+        self.connection.publish_request(to, reply, headers, payload)?.await?;
+        Ok(mailbox)
+    }
+
+    fn headers(&self, outgoing: &Outgoing) -> Result<HeaderMap, ControllerError> {
+        let timeout_ms = u64::try_from(outgoing.timeout.as_millis()).unwrap_or(u64::MAX).max(1);
         let mut headers = HeaderMap::new();
-        headers.insert(header::REQUEST_ID, header_value(&outgoing.request.request_id)?);
-        headers.insert(header::ATTEMPT, outgoing.attempt.to_string());
-        headers.insert(header::CONTROLLER_ID, header_value(&self.controller_id)?);
-        headers.insert(header::TIMEOUT_MS, outgoing.timeout.as_millis().max(1).to_string());
+        headers.insert(REQUEST_ID, header_value(&outgoing.request.request_id)?);
+        headers.insert(ATTEMPT, HeaderValue::from(outgoing.attempt));
+        headers.insert(CONTROLLER_ID, self.controller_id.clone());
+        headers.insert(TIMEOUT_MS, HeaderValue::from(timeout_ms));
         // One that is no trace context is left out, as W3C's specification wants it.
         if let Some(traceparent) = outgoing.traceparent.as_ref().filter(|text| text.len() <= TRACEPARENT_LONGEST)
             && let Ok(value) = header_value(traceparent)
         {
-            headers.insert(header::TRACEPARENT, value);
+            headers.insert(TRACEPARENT, value);
         }
-        let (reply, mailbox) = self.inbox.enter();
-        let mailbox = mailbox.at(reply.clone());
-        let to = subject::inference(self.connection.prefix(), &outgoing.worker);
-        self.connection.publish_request(to, reply, headers, Bytes::from(payload)).await?;
-        Ok(mailbox)
+        Ok(headers)
+    }
+
+    /// Where the request goes, and where its answer does; both in one piece of memory.
+    fn subjects(&self, outgoing: &Outgoing, reply_to: Address) -> Result<(Subject, Subject), ControllerError> {
+        let mut both = subject::inference(self.connection.prefix(), &outgoing.worker);
+        let first = both.len();
+        self.inbox.write_subject(reply_to, &mut both);
+        let both = Bytes::from(both);
+        let subject = |bytes| Subject::from_utf8(bytes).map_err(|error| connection::lost(&error));
+        Ok((subject(both.slice(..first))?, subject(both.slice(first..))?))
     }
 
     /// Gives another server the time that it may take, while the connection is down.
     async fn wait_for_server(&self) {
-        if !self.connection.is_connected() && !self.grace.is_zero() {
+        if !self.grace.is_zero() {
             let mut link = self.connection.link();
             // Still down after it: publishing says so.
             let _ = tokio::time::timeout(self.grace, link.wait_for(|link| link.connected)).await;
@@ -120,7 +145,7 @@ impl NatsTransport {
 }
 
 impl Transport for NatsTransport {
-    fn send(&self, outgoing: Outgoing) -> BoxFuture<'_, Result<Mailbox, ControllerError>> {
+    fn send<'a>(&'a self, outgoing: &'a Outgoing) -> BoxFuture<'a, Result<Mailbox, ControllerError>> {
         self.publish(outgoing).boxed()
     }
 
@@ -164,6 +189,6 @@ async fn watch_link(connection: NatsConnection, inbox: Arc<Inbox>, grace: Durati
 }
 
 /// A header's value; one with a line break would be another header.
-fn header_value(text: &str) -> Result<async_nats::HeaderValue, ControllerError> {
+fn header_value(text: &str) -> Result<HeaderValue, ControllerError> {
     text.parse().map_err(|_| ControllerError::validation("request_id", "has characters that cannot stand in a header"))
 }

@@ -99,7 +99,7 @@ impl Performance {
         if token_ids.is_empty() {
             token_ids.push(Step::token_id(self.index));
         }
-        let token = Token { text, index: self.index, token_ids, logprobs: None };
+        let token = Token { text, index: self.index, token_ids: token_ids.into(), logprobs: None };
         self.index += token.width();
         self.tokens += token.width();
         if self.streams {
