@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-#: Which peer a side is compared with: nats-py on the same event loop.
-_PEERS = {"python-uvloop": "nats-py-uvloop", "nats-py-uvloop": "nats-py-uvloop"}
-
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of load."""
+    """One kind of load, and what is counted by the second: `requests` or `tokens`."""
 
     mode: str
     concurrency: int
+    counted: str = "requests"
 
     @property
     def name(self) -> str:
@@ -57,43 +55,52 @@ def _percentiles(name: str, nanoseconds: Iterable[int]) -> dict[str, float]:
     return {f"{name}_p{share}_us": value / 1e3 for share, value in nearest_rank.items()}
 
 
-def summarize(rounds: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """Medians, spreads and ratios of one cell's sides, each given as its rounds' figures."""
-    summary: dict[str, Any] = {}
-    for side, measured in rounds.items():
-        peer = _PEERS.get(side, "nats-py")
-        summary[side] = {
+def summarize(
+    rounds: Mapping[str, Sequence[Mapping[str, float]]], against: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Medians, spreads and ratios of one cell's sides, each given as its rounds' figures.
+
+    `against`: with which other sides each side is compared, where those took part.
+    """
+    return {
+        side: {
             "figures": {
-                name: _spread([one[name] for one in measured if name in one]) for name in measured[-1]
+                name: spread([one[name] for one in measured if name in one]) for name in measured[-1]
             },
             "ratios": {
                 other: _ratios(measured, rounds[other])
-                for other in ("raw", peer)
+                for other in against.get(side, ())
                 if other in rounds and other != side
             },
         }
-    return summary
+        for side, measured in rounds.items()
+    }
 
 
 def _ratios(
     measured: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
     return {
-        name: _spread([one[name] / other[name] for one, other in zip(measured, others, strict=True)])
+        name: spread([one[name] / other[name] for one, other in zip(measured, others, strict=True)])
         for name in ("requests_per_second", "latency_p50_us", "latency_p99_us", "cpu_us_per_request")
+        if all(other[name] for other in others)  # CPU is counted in steps, and may be 0
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 # === the table ===
 
 
-def table(cell: Cell, summary: Mapping[str, Any]) -> Iterator[str]:
-    """The lines for one cell."""
-    rows = [_headings(cell)] + [_row(cell, side, found) for side, found in summary.items()]
+def table(cell: Cell, summary: Mapping[str, Any], ratios: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The lines for one cell; `ratios`: the last columns by their headings."""
+    rows = [[*_headings(cell), *ratios]]
+    for side, found in summary.items():
+        rows.append(
+            [*_row(cell, side, found), *(_shown(cell, column.get(side)) for column in ratios.values())]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     what = "one request at a time" if cell.measures_latency else f"{cell.concurrency} requests at a time"
     yield f"{cell.mode}, {what}"
@@ -106,29 +113,34 @@ def table(cell: Cell, summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _headings(cell: Cell) -> list[str]:
-    unit = "tokens/s" if cell.mode == "streaming" else "requests/s"
+    unit = f"{cell.counted}/s"
     first_token = ["1st p50", "1st p99"] if cell.mode == "streaming" else []
     main = "p50 µs" if cell.measures_latency else unit
     other = unit if cell.measures_latency else "p50 µs"
-    return ["", main, "(min-max)", other, "p95", "p99", *first_token, "CPU µs/req", "/ raw", "/ nats-py"]
+    return ["", main, "(min-max)", other, "p95", "p99", *first_token, "CPU µs/req"]
 
 
 def _row(cell: Cell, side: str, found: Mapping[str, Any]) -> list[str]:
     shown = found["figures"]
-    rate = "tokens_per_second" if cell.mode == "streaming" else "requests_per_second"
+    rate = f"{cell.counted}_per_second"
     main, other = ("latency_p50_us", rate) if cell.measures_latency else (rate, "latency_p50_us")
     columns = [other, "latency_p95_us", "latency_p99_us"]
     if cell.mode == "streaming":
         columns += ["first_token_p50_us", "first_token_p99_us"]
-    ratio = "latency_p50_us" if cell.measures_latency else "requests_per_second"
-    ratios = found["ratios"]
-    peer = next((name for name in ratios if name != "raw"), "")
-    spread = shown[main]
+    extent = shown[main]
     return [
         side,
-        f"{spread['median']:,.0f}",
-        f"({spread['min']:,.0f}-{spread['max']:,.0f})",
+        f"{extent['median']:,.0f}",
+        f"({extent['min']:,.0f}-{extent['max']:,.0f})",
         *(f"{shown[name]['median']:,.0f}" for name in columns),
         f"{shown['cpu_us_per_request']['median']:,.1f}",
-        *(f"{ratios[name][ratio]['median']:.2f}" if name in ratios else "" for name in ("raw", peer)),
     ]
+
+
+def _shown(cell: Cell, ratios: Mapping[str, Mapping[str, float]] | None) -> str:
+    """Alone it is latency that is compared, with many throughput."""
+    name = "latency_p50_us" if cell.measures_latency else "requests_per_second"
+    if ratios is None:
+        return ""
+    ratio = ratios[name]["median"]
+    return f"{ratio:,.2f}" if ratio >= 0.1 else f"{ratio:.2g}"

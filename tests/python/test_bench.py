@@ -136,7 +136,8 @@ def test_ratios_are_taken_within_a_round(report: ModuleType) -> None:
         return [{"requests_per_second": rate, **others} for rate in rates]
 
     # The machine was ten times as fast in the second round, and half as fast in the third.
-    summary = report.summarize({"raw": measured(100, 1000, 50), "rust": measured(80, 700, 45)})
+    rounds = {"raw": measured(100, 1000, 50), "rust": measured(80, 700, 45)}
+    summary = report.summarize(rounds, {"raw": ["raw", "nats-py"], "rust": ["raw", "nats-py"]})
 
     assert summary["rust"]["ratios"]["raw"]["requests_per_second"] == {"median": 0.8, "min": 0.7, "max": 0.9}
     assert summary["rust"]["figures"]["requests_per_second"] == {"median": 80, "min": 45, "max": 700}
