@@ -32,6 +32,27 @@ class Cell:
         return self.concurrency == 1
 
 
+@dataclass(frozen=True)
+class Row:
+    """One figure: what it is of, what it has to be (none: nothing was promised), what it is."""
+
+    name: str
+    measured: float
+    unit: str
+    at_most: float = math.inf
+    at_least: float = -math.inf
+
+    @property
+    def target(self) -> str:
+        if self.at_most < math.inf:
+            return f"≤ {number(self.at_most)}"
+        return f"≥ {number(self.at_least)}" if self.at_least > -math.inf else ""
+
+    @property
+    def holds(self) -> bool:
+        return self.at_least <= self.measured <= self.at_most
+
+
 def figures(answer: Mapping[str, Any]) -> dict[str, float]:
     """What one round of one side says. Times in microseconds."""
     requests, seconds = len(answer["latencies_ns"]), answer["seconds"]
@@ -140,7 +161,11 @@ def _row(cell: Cell, side: str, found: Mapping[str, Any]) -> list[str]:
 def _shown(cell: Cell, ratios: Mapping[str, Mapping[str, float]] | None) -> str:
     """Alone it is latency that is compared, with many throughput."""
     name = "latency_p50_us" if cell.measures_latency else "requests_per_second"
-    if ratios is None:
-        return ""
-    ratio = ratios[name]["median"]
-    return f"{ratio:,.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+    return "" if ratios is None else number(ratios[name]["median"])
+
+
+def number(value: float) -> str:
+    """A figure with two or three digits that count, and thousands apart."""
+    if value >= 100 or value == round(value):
+        return f"{value:,.0f}"
+    return f"{value:.2g}" if value < 1 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
