@@ -31,7 +31,7 @@ class Load:
         body: What is asked.
         stream: Whether a stream is asked for.
         token: What an answer has to contain, and
-        tokens: how often. 0: that is not looked at.
+        tokens: how often. 0: that is not looked at, and the first event of a stream counts as its first token.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Load:
         self.stream = stream
         self.token = token
         self.tokens = tokens
+        self.begins = token if tokens else b"data: "
 
     async def run(self, concurrency: int, seconds: float, requests: int = UNBOUNDED) -> Outcome:
         """A round. The server's CPU is for the caller to add, who knows which process that is."""
@@ -104,7 +105,7 @@ class _Connection(asyncio.Protocol):
             if self._missing > 0:
                 return
         else:
-            if not self._first and b"data: " in data:
+            if not self._first and self._load.begins in data:
                 self._first = time.perf_counter_ns()
             end = data if len(data) >= 5 else b"".join(received[-5:])
             if not end.endswith(b"0\r\n\r\n"):
