@@ -19,7 +19,7 @@ import kept
 import report
 import rounds
 from measure import Setup
-from report import Cell
+from report import OURS, Cell
 from routers import COMMANDS, Routers
 from side_controller import over_http, over_nats
 from sides import Processes, SideError
@@ -36,10 +36,8 @@ if TYPE_CHECKING:
 
 _MOCKED = ("litellm",)
 _CALLED = ("tensorzero", "litellm")
-#: What a group's other sides are compared with.
-_OURS = "ours"
 #: What `--only` names. Ours always takes part.
-NAMES = (_OURS, *COMMANDS, *_CALLED)
+NAMES = (OURS, *COMMANDS, *_CALLED)
 _ON_NATS = "ours, NATS"
 _BUFFERED = [Cell("buffered", 64), Cell("buffered", 1)]
 _ALL = [*_BUFFERED, Cell("streaming", 64), Cell("streaming", 1)]
@@ -59,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         sessions=256,
     )
     missing = {"tensorzero, mocked": "its wheel has no provider that answers by itself"}
-    homes = _environments([name for name in options.field if name != _OURS], missing)
+    homes = _environments([name for name in options.field if name != OURS], missing)
     machine = kept.machine(options.peers)
     machine["peers"] = ", ".join(
         requirement.replace("==", " ")
@@ -71,11 +69,10 @@ def run(options: argparse.Namespace) -> int:
     for name, group in GROUPS.items():
         measured = _measured(name, options, setup, homes, missing)
         summaries = {
-            cell: report.summarize(measured[cell], {_OURS: list(measured[cell])}) for cell in group.cells
+            cell: report.summarize(measured[cell], {OURS: list(measured[cell])}) for cell in group.cells
         }
         for cell, summary in summaries.items():
-            ratios = summary[_OURS]["ratios"] if _OURS in summary else {}
-            title, *table = report.table(cell, summary, {"ours / it": ratios})
+            title, *table = report.table(cell, summary)
             print("", f"{group.title}: {title}", *table, sep="\n", flush=True)
         groups[name] = {
             "title": group.title,
@@ -130,13 +127,13 @@ class _Start:
         self.sides: dict[str, rounds.Asked] = {}
 
     def mocked(self, workers: int) -> None:
-        self._called(_OURS, [sys.executable, "side_controller.py"], workers)
+        self._called(OURS, [sys.executable, "side_controller.py"], workers)
         for name in _MOCKED:
             self._peer(name, workers)
 
     def called(self) -> None:
         urls = self._workers()[1]
-        self._called(_OURS, [sys.executable, "side_controller.py"], urls)
+        self._called(OURS, [sys.executable, "side_controller.py"], urls)
         for name in _CALLED:
             self._peer(name, urls)
 
@@ -148,7 +145,7 @@ class _Start:
             if name in self._homes:
                 with self._excused(name):
                     self.sides[name] = routers.theirs(name, self._homes[name], urls)
-        self.sides[_OURS] = routers.ours(_OURS, over_http(urls, self._setup.model))
+        self.sides[OURS] = routers.ours(OURS, over_http(urls, self._setup.model))
         nats = self._ends.enter_context(NatsServer(port=0))
         on_nats = replace(self._setup, url=nats.url)
         self._ends.enter_context(Processes(self._peers, asdict(on_nats))).start_worker()

@@ -118,11 +118,7 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     against = {side: ["raw", _PEERS.get(side, "nats-py")] for side in options.sides}
     cells = {cell: report.summarize(measured[cell], against) for cell in options.cells}
     for cell, summary in cells.items():
-        columns = {
-            "/ raw": {side: found["ratios"].get("raw") for side, found in summary.items()},
-            "/ nats-py": {side: found["ratios"].get(against[side][1]) for side, found in summary.items()},
-        }
-        print("", *report.table(cell, summary, columns), sep="\n")
+        print("", *report.table(cell, summary), sep="\n")
     print(
         "\n/ raw, / nats-py: alone, latency (lower is better); with many, throughput (higher is better)."
         "\nnats-py is the one on the same event loop; Rust is compared with the one on asyncio."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import kept
 from chart import Bar, bars
-from report import Row, number
+from report import Row, number, ratio_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +85,8 @@ def _core(run: Mapping[str, Any]) -> Iterator[str]:
 def _cells(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"<p class=when>{run['rounds']} rounds of {run['seconds_per_round']} s for each side and kind of load"
     for name, cell in run["cells"].items():
-        yield from _cell(_named(name, run["tokens_per_stream"]), name, cell, "tokens")
+        title = _named(name, run["tokens_per_stream"])
+        yield from _cell(title[0].upper() + title[1:], name, cell, "tokens")
 
 
 def _field(run: Mapping[str, Any]) -> Iterator[str]:
@@ -147,30 +148,30 @@ def _cell(title: str, name: str, cell: Mapping[str, Any], counted: str) -> Itera
             for figure, heading, unit in shown
         ]
     )
-    figures = {
-        key: f"{thing}/s",
-        "latency_p50_us": "p50 µs",
-        "latency_p95_us": "p95 µs",
-        "latency_p99_us": "p99 µs",
-    }
+    # With their ranges: a range of the others would say little.
+    figures = {key: f"{thing}/s", "latency_p50_us": "p50 µs"}
     if streaming:
         figures["first_token_p50_us"] = "1st p50 µs"
     figures["cpu_us_per_request"] = "CPU µs"
+    tails = {"latency_p95_us": "p95 µs", "latency_p99_us": "p99 µs"}
     compared = "requests_per_second" if concurrency != "1" else "latency_p50_us"
+    ratios = ratio_columns(summary)
     rows = []
     for side, found in summary.items():
         row = [escape(side)]
-        for figure in figures:
-            spread = found["figures"][figure]
-            extent = f"{number(spread['min'])}-{number(spread['max'])}"
-            row.append(f'{number(spread["median"])} <span class="range-text">({extent})</span>')
-        ratios = (
-            f"{number(ratio[compared]['median'])} &times; {escape(other)}"
-            for other, ratio in found["ratios"].items()
-        )
-        rows.append([*row, ", ".join(ratios)])
-    ratio = f"ratio of {'throughput' if concurrency != '1' else 'latency (p50)'}"
-    yield _table(["", *figures.values(), ratio], rows)
+        row += [_with_range(found["figures"][figure]) for figure in figures]
+        row += [number(found["figures"][figure]["median"]) for figure in tails]
+        row += [
+            number(column[side][compared]["median"]) if side in column else "" for column in ratios.values()
+        ]
+        rows.append(row)
+    what = "throughput" if concurrency != "1" else "p50"
+    yield _table(["", *figures.values(), *tails.values(), *(f"{what} {heading}" for heading in ratios)], rows)
+
+
+def _with_range(spread: Mapping[str, float]) -> str:
+    least, most = number(spread["min"]), number(spread["max"])
+    return f'{number(spread["median"])} <span class="range-text">({least}-{most})</span>'
 
 
 def _named(cell: str, tokens: int) -> str:

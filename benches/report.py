@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
+#: What our side is called where it is one among others.
+OURS = "ours"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One kind of load, and what is counted by the second: `requests` or `tokens`."""
@@ -115,8 +119,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # === the table ===
 
 
-def table(cell: Cell, summary: Mapping[str, Any], ratios: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The lines for one cell; `ratios`: the last columns by their headings."""
+def ratio_columns(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Ratios by heading and side: what ours is of each peer; or each side, of the bare transport and of nats-py."""
+    if OURS in summary:
+        return {"ours / it": summary[OURS]["ratios"]}
+
+    def of(peer: str) -> dict[str, Any]:
+        found = ((side, one["ratios"].items()) for side, one in summary.items())
+        return {side: ratio for side, ratios in found for other, ratio in ratios if other.startswith(peer)}
+
+    return {f"/ {peer}": of(peer) for peer in ("raw", "nats-py")}
+
+
+def table(cell: Cell, summary: Mapping[str, Any]) -> Iterator[str]:
+    """The lines for one cell."""
+    ratios = ratio_columns(summary)
     rows = [[*_headings(cell), *ratios]]
     for side, found in summary.items():
         rows.append(
