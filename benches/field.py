@@ -38,6 +38,7 @@ _MOCKED = ("litellm",)
 _CALLED = ("tensorzero", "litellm")
 #: What `--only` names. Ours always takes part.
 NAMES = (OURS, *COMMANDS, *_CALLED)
+_DIRECT = "direct"
 _ON_NATS = "ours, NATS"
 _BUFFERED = [Cell("buffered", 64), Cell("buffered", 1)]
 _ALL = [*_BUFFERED, Cell("streaming", 64), Cell("streaming", 1)]
@@ -56,7 +57,9 @@ def run(options: argparse.Namespace) -> int:
         tokens=options.tokens,
         sessions=256,
     )
-    missing = {"tensorzero, mocked": "its wheel has no provider that answers by itself"}
+    missing: dict[str, str] = {}
+    if "tensorzero" in options.field:
+        missing["tensorzero, mocked"] = "its wheel has no provider that answers by itself"
     homes = _environments([name for name in options.field if name != OURS], missing)
     machine = kept.machine(options.peers)
     machine["peers"] = ", ".join(
@@ -97,7 +100,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _environments(names: list[str], missing: dict[str, str]) -> dict[str, Path]:
     """The folders of the peers' environments."""
-    homes = {}
+    homes: dict[str, Path] = {}
+    if not names:
+        return homes
     with environment.exclusive():
         for name in names:
             try:
@@ -108,39 +113,34 @@ def _environments(names: list[str], missing: dict[str, str]) -> dict[str, Path]:
 
 
 class _Start:
-    """Starts the sides of one group; whoever cannot be started is missing."""
+    """Starts the sides of one group; a peer that cannot be started is missing."""
 
     def __init__(
-        self,
-        setup: Setup,
-        peers: Path,
-        homes: Mapping[str, Path],
-        missing: dict[str, str],
-        ends: contextlib.ExitStack,
+        self, setup: Setup, peers: Path, homes: Mapping[str, Path], ends: contextlib.ExitStack
     ) -> None:
         self._setup = setup
         self._peers = peers
         self._homes = homes
-        self._missing = missing
         self._ends = ends
         self._processes = ends.enter_context(Processes(peers, asdict(setup)))
         self.sides: dict[str, rounds.Asked] = {}
+        self.missing: dict[str, str] = {}
 
     def mocked(self, workers: int) -> None:
-        self._called(OURS, [sys.executable, "side_controller.py"], workers)
+        self._called(OURS, sys.executable, "side_controller.py", workers)
         for name in _MOCKED:
             self._peer(name, workers)
 
     def called(self) -> None:
         urls = self._workers()[1]
-        self._called(OURS, [sys.executable, "side_controller.py"], urls)
+        self._called(OURS, sys.executable, "side_controller.py", urls)
         for name in _CALLED:
             self._peer(name, urls)
 
     def http(self) -> None:
         worker, urls = self._workers()
         routers = self._ends.enter_context(Routers(self._setup))
-        self.sides["direct"] = routers.direct(int(urls[0].rpartition(":")[2]), worker)
+        self.sides[_DIRECT] = routers.direct(int(urls[0].rpartition(":")[2]), worker)
         for name in COMMANDS:
             if name in self._homes:
                 with self._excused(name):
@@ -160,10 +160,9 @@ class _Start:
     def _peer(self, name: str, workers: int | list[str]) -> None:
         if name in self._homes:
             with self._excused(name):
-                self._called(name, [str(self._homes[name] / "bin" / "python"), f"side_{name}.py"], workers)
+                self._called(name, str(self._homes[name] / "bin" / "python"), f"side_{name}.py", workers)
 
-    def _called(self, name: str, program: list[str], workers: int | list[str]) -> None:
-        python, script = program
+    def _called(self, name: str, python: str, script: str, workers: int | list[str]) -> None:
         path = Path(__file__).with_name(script)
         arguments = [json.dumps(asdict(self._setup)), _LOOP, json.dumps(workers)]
         self.sides[name] = self._processes.start(name, [python, "-B", str(path), *arguments])[0]
@@ -173,7 +172,7 @@ class _Start:
         try:
             yield
         except SideError as error:
-            self._missing[name] = str(error)
+            self.missing[name] = str(error)
 
 
 @dataclass(frozen=True)
@@ -203,13 +202,18 @@ def _measured(
     group = GROUPS[name]
     print(f"\n=== {group.title}", flush=True)
     with contextlib.ExitStack() as ends:
-        start = _Start(setup, options.peers, homes, missing, ends)
+        start = _Start(setup, options.peers, homes, ends)
         group.start(start)
-        return rounds.measure(
+        measured = rounds.measure(
             start.sides,
             group.cells,
             rounds=options.rounds,
             seconds=options.seconds,
             requests=options.requests,
-            dropped=missing,
+            dropped=start.missing,
         )
+    for side, why in start.missing.items():
+        if side not in homes:
+            raise SideError(why)  # one of our own
+        missing[f"{side}, {group.title}"] = why
+    return measured
