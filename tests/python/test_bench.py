@@ -314,6 +314,7 @@ def test_the_field_measures_ours_in_front_of_every_kind_of_worker(peers: Path, t
     assert kept["field"]["missing"] == {}
 
 
+@pytest.mark.slow
 def test_the_front_end_is_compared_with_a_constant(tmp_path: Path) -> None:
     command = [sys.executable, "-B", str(_ROOT / "benches" / "front.py"), "--rounds=1", "--seconds=0.1"]
     done = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True, check=False)
