@@ -128,7 +128,8 @@ class Routers:
         until = time.monotonic() + _START_SECONDS
         while failures := side.ask(command, 1.0)["failures"]:
             if program is not None and not program.running:
-                raise SideError(f"{side.name} ended by itself (exit status {program.status})")
+                why = "could not be started" if program.status is None else f"ended ({program.status})"
+                raise SideError(f"{side.name} {why}")
             if time.monotonic() > until:
                 raise SideError(f"{side.name} did not answer within {_START_SECONDS:.0f} s: {failures[0]}")
             time.sleep(0.1)

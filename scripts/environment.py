@@ -204,6 +204,8 @@ def _ensure_group(group: str, home: Path) -> Path:
     digest = _digest(sys.version, *wanted)
     if not (_fresh(group, digest) and home.exists()):
         note(f"packages of {group} in {home.relative_to(ROOT)}; only needed once")
+        # What was there is no longer: its stamp would hold for a half-filled environment, too.
+        (_STAMPS / group).unlink(missing_ok=True)
         shutil.rmtree(home, ignore_errors=True)
         _quietly([PYTHON, "-m", "venv", "--without-pip", home], f"environment {home.name}")
         _run(_pip([PYTHON, "-m", "pip", "--python", interpreter], ["--no-compile", *wanted]))
