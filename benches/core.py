@@ -10,10 +10,11 @@ import math
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from report import Row, number
 
 from mlx_serving_router import Router
 
@@ -25,27 +26,6 @@ _SCALES = {"ns": 1.0, "µs": 1e3, "ms": 1e6}
 
 class CoreError(Exception):
     """The program of the deciding core failed."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure: what it is of, what it has to be (none: nothing was promised), what it is."""
-
-    name: str
-    measured: float
-    unit: str
-    at_most: float = math.inf
-    at_least: float = -math.inf
-
-    @property
-    def target(self) -> str:
-        if self.at_most < math.inf:
-            return f"≤ {_shown(self.at_most)}"
-        return f"≥ {_shown(self.at_least)}" if self.at_least > -math.inf else ""
-
-    @property
-    def holds(self) -> bool:
-        return self.at_least <= self.measured <= self.at_most
 
 
 def measure(program: Path, *, quick: bool) -> list[Row]:
@@ -87,8 +67,8 @@ def _from_python(rounds: int) -> dict[str, float]:
 
 def _router_costs(strategy: str, rounds: int, calls: int = 20_000) -> float:
     router = Router({"loadBalancing": {"strategy": strategy}}, seed=7)
-    for number in range(10):
-        router.add_worker(f"worker-{number}", ["model-a"])
+    for worker in range(10):
+        router.add_worker(f"worker-{worker}", ["model-a"])
     found = []
     for _ in range(rounds + 1):
         started = time.perf_counter_ns()
@@ -158,7 +138,7 @@ def table(found: Sequence[Row]) -> Iterator[str]:
         (
             row.name,
             f"{row.target} {row.unit}".strip() if row.target else "",
-            f"{_shown(row.measured)} {row.unit}".strip(),
+            f"{number(row.measured)} {row.unit}".strip(),
             "" if row.holds else "missed",
         )
         for row in found
@@ -171,9 +151,3 @@ def table(found: Sequence[Row]) -> Iterator[str]:
             *(text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)),
         ]
         yield f"  {'  '.join(columns)}".rstrip()
-
-
-def _shown(value: float) -> str:
-    if value >= 100 or value == round(value):
-        return f"{value:,.0f}"
-    return f"{value:.2g}" if value < 1 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

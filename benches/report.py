@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-#: Which peer a side is compared with: nats-py on the same event loop.
-_PEERS = {"python-uvloop": "nats-py-uvloop", "nats-py-uvloop": "nats-py-uvloop"}
+
+#: What our side is called where it is one among others.
+OURS = "ours"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of load."""
+    """One kind of load, and what is counted by the second: `requests` or `tokens`."""
 
     mode: str
     concurrency: int
+    counted: str = "requests"
 
     @property
     def name(self) -> str:
@@ -32,6 +34,27 @@ class Cell:
     def measures_latency(self) -> bool:
         """Alone it is latency that matters, with many it is throughput."""
         return self.concurrency == 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what it is of, what it has to be (none: nothing was promised), what it is."""
+
+    name: str
+    measured: float
+    unit: str
+    at_most: float = math.inf
+    at_least: float = -math.inf
+
+    @property
+    def target(self) -> str:
+        if self.at_most < math.inf:
+            return f"≤ {number(self.at_most)}"
+        return f"≥ {number(self.at_least)}" if self.at_least > -math.inf else ""
+
+    @property
+    def holds(self) -> bool:
+        return self.at_least <= self.measured <= self.at_most
 
 
 def figures(answer: Mapping[str, Any]) -> dict[str, float]:
@@ -57,43 +80,65 @@ def _percentiles(name: str, nanoseconds: Iterable[int]) -> dict[str, float]:
     return {f"{name}_p{share}_us": value / 1e3 for share, value in nearest_rank.items()}
 
 
-def summarize(rounds: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """Medians, spreads and ratios of one cell's sides, each given as its rounds' figures."""
-    summary: dict[str, Any] = {}
-    for side, measured in rounds.items():
-        peer = _PEERS.get(side, "nats-py")
-        summary[side] = {
+def summarize(
+    rounds: Mapping[str, Sequence[Mapping[str, float]]], against: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Medians, spreads and ratios of one cell's sides, each given as its rounds' figures.
+
+    `against`: with which other sides each side is compared, where those took part.
+    """
+    return {
+        side: {
             "figures": {
-                name: _spread([one[name] for one in measured if name in one]) for name in measured[-1]
+                name: spread([one[name] for one in measured if name in one]) for name in measured[-1]
             },
             "ratios": {
                 other: _ratios(measured, rounds[other])
-                for other in ("raw", peer)
+                for other in against.get(side, ())
                 if other in rounds and other != side
             },
         }
-    return summary
+        for side, measured in rounds.items()
+    }
 
 
 def _ratios(
     measured: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
     return {
-        name: _spread([one[name] / other[name] for one, other in zip(measured, others, strict=True)])
+        name: spread([one[name] / other[name] for one, other in zip(measured, others, strict=True)])
         for name in ("requests_per_second", "latency_p50_us", "latency_p99_us", "cpu_us_per_request")
+        if all(other[name] for other in others)  # CPU is counted in steps, and may be 0
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 # === the table ===
 
 
+def ratio_columns(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Ratios by heading and side: what ours is of each peer; or each side, of the bare transport and of nats-py."""
+    if OURS in summary:
+        return {"ours / it": summary[OURS]["ratios"]}
+
+    def of(peer: str) -> dict[str, Any]:
+        found = ((side, one["ratios"].items()) for side, one in summary.items())
+        return {side: ratio for side, ratios in found for other, ratio in ratios if other.startswith(peer)}
+
+    return {f"/ {peer}": of(peer) for peer in ("raw", "nats-py")}
+
+
 def table(cell: Cell, summary: Mapping[str, Any]) -> Iterator[str]:
     """The lines for one cell."""
-    rows = [_headings(cell)] + [_row(cell, side, found) for side, found in summary.items()]
+    ratios = ratio_columns(summary)
+    rows = [[*_headings(cell), *ratios]]
+    for side, found in summary.items():
+        rows.append(
+            [*_row(cell, side, found), *(_shown(cell, column.get(side)) for column in ratios.values())]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     what = "one request at a time" if cell.measures_latency else f"{cell.concurrency} requests at a time"
     yield f"{cell.mode}, {what}"
@@ -106,29 +151,38 @@ def table(cell: Cell, summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _headings(cell: Cell) -> list[str]:
-    unit = "tokens/s" if cell.mode == "streaming" else "requests/s"
+    unit = f"{cell.counted}/s"
     first_token = ["1st p50", "1st p99"] if cell.mode == "streaming" else []
     main = "p50 µs" if cell.measures_latency else unit
     other = unit if cell.measures_latency else "p50 µs"
-    return ["", main, "(min-max)", other, "p95", "p99", *first_token, "CPU µs/req", "/ raw", "/ nats-py"]
+    return ["", main, "(min-max)", other, "p95", "p99", *first_token, "CPU µs/req"]
 
 
 def _row(cell: Cell, side: str, found: Mapping[str, Any]) -> list[str]:
     shown = found["figures"]
-    rate = "tokens_per_second" if cell.mode == "streaming" else "requests_per_second"
+    rate = f"{cell.counted}_per_second"
     main, other = ("latency_p50_us", rate) if cell.measures_latency else (rate, "latency_p50_us")
     columns = [other, "latency_p95_us", "latency_p99_us"]
     if cell.mode == "streaming":
         columns += ["first_token_p50_us", "first_token_p99_us"]
-    ratio = "latency_p50_us" if cell.measures_latency else "requests_per_second"
-    ratios = found["ratios"]
-    peer = next((name for name in ratios if name != "raw"), "")
-    spread = shown[main]
+    extent = shown[main]
     return [
         side,
-        f"{spread['median']:,.0f}",
-        f"({spread['min']:,.0f}-{spread['max']:,.0f})",
+        f"{extent['median']:,.0f}",
+        f"({extent['min']:,.0f}-{extent['max']:,.0f})",
         *(f"{shown[name]['median']:,.0f}" for name in columns),
         f"{shown['cpu_us_per_request']['median']:,.1f}",
-        *(f"{ratios[name][ratio]['median']:.2f}" if name in ratios else "" for name in ("raw", peer)),
     ]
+
+
+def _shown(cell: Cell, ratios: Mapping[str, Mapping[str, float]] | None) -> str:
+    """Alone it is latency that is compared, with many throughput."""
+    name = "latency_p50_us" if cell.measures_latency else "requests_per_second"
+    return "" if ratios is None else number(ratios[name]["median"])
+
+
+def number(value: float) -> str:
+    """A figure with two or three digits that count, and thousands apart."""
+    if value >= 100 or value == round(value):
+        return f"{value:,.0f}"
+    return f"{value:.2g}" if value < 1 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -61,7 +61,7 @@ class Processes:
 
     def start_worker(self) -> None:
         """Returns when the worker serves."""
-        self._start("worker", [str(self._peers), "worker", self._setup])
+        self.start("worker", [str(self._peers), "worker", self._setup])
 
     def start_side(self, name: str) -> Process:
         """Returns when the side has found the worker."""
@@ -70,13 +70,13 @@ class Processes:
             command = [sys.executable, "-B", str(_HERE / program), self._setup, *rest]
         else:
             command = [str(self._peers), program, self._setup]
-        return self._start(name, command)
+        return self.start(name, command)[0]
 
-    def _start(self, name: str, command: list[str]) -> Process:
+    def start(self, name: str, command: list[str]) -> tuple[Process, dict[str, Any]]:
+        """Any other process that keeps to the same protocol; returns what it says when it is ready, too."""
         process = Process(name, command)
         self._started.append(process)
-        process.read(_START_SECONDS)
-        return process
+        return process, process.read(_START_SECONDS)
 
 
 class Process:
@@ -94,6 +94,10 @@ class Process:
         )
         # A thread, because a pipe cannot be read with a time limit.
         threading.Thread(target=self._listen, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def ask(self, command: Mapping[str, object], seconds: float) -> dict[str, Any]:
         """Sends a line and returns the answer to it."""

@@ -1,4 +1,4 @@
-"""Usage: python scripts/dev.py build|demo|test|test-clients|check|bench [ARGUMENT ...].
+"""Usage: python scripts/dev.py build|demo|test|test-clients|check|bench|bench-report [ARGUMENT ...].
 
 The Makefile's targets: each prepares what it needs (environment.py), says so, and then does its one job.
 """
@@ -74,6 +74,11 @@ def bench(arguments: list[str]) -> int:
     steps.begin("The benchmark")
     named = (f"--{name}={path}" for name, path in programs.items())
     return _become([PYTHON, _existing("benches/main.py"), *named, *arguments])
+
+
+def bench_report(arguments: list[str]) -> int:
+    """Writes a page of the figures that the benchmarks have kept; needs nothing but Python."""
+    return _become([sys.executable, "-B", _existing("benches/page.py"), *arguments])
 
 
 def test(arguments: list[str]) -> int:
@@ -165,6 +170,7 @@ _TARGETS = {
     "test-clients": test_clients,
     "check": check,
     "bench": bench,
+    "bench-report": bench_report,
 }
 
 

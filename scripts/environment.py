@@ -178,24 +178,39 @@ def ensure_clients() -> dict[str, Path]:
     Raises:
         StepError: One could not be made or filled.
     """
-    document = _pyproject()
-    interpreters = {}
-    for group in document["dependency-groups"]:
-        name = group.removeprefix("clients-")
-        if name == group:
-            continue
-        home = VENV / "clients" / name
-        interpreters[name] = home / "bin" / "python"
-        wanted = list(_group(document, group))
-        digest = _digest(sys.version, *wanted)
-        if _fresh(group, digest) and home.exists():
-            continue
-        note(f"packages of the clients in .venv/clients/{name}; only needed once")
+    groups = [group for group in _pyproject()["dependency-groups"] if group.startswith("clients-")]
+    names = {group: group.removeprefix("clients-") for group in groups}
+    return {name: _ensure_group(group, VENV / "clients" / name) for group, name in names.items()}
+
+
+def ensure_peer(name: str) -> Path:
+    """Makes the environment of a peer in benchmarks, `target/bench/env/NAME`, and returns its interpreter.
+
+    Raises:
+        StepError: It could not be made or filled.
+    """
+    return _ensure_group(f"peers-{name}", ROOT / "target" / "bench" / "env" / name)
+
+
+def peer_requirements(name: str) -> list[str]:
+    """What the environment of a peer is filled with: exact versions."""
+    return list(_group(_pyproject(), f"peers-{name}"))
+
+
+def _ensure_group(group: str, home: Path) -> Path:
+    """Makes an environment with a dependency group, unless it is there, and returns its interpreter."""
+    interpreter = home / "bin" / "python"
+    wanted = list(_group(_pyproject(), group))
+    digest = _digest(sys.version, *wanted)
+    if not (_fresh(group, digest) and home.exists()):
+        note(f"packages of {group} in {home.relative_to(ROOT)}; only needed once")
+        # What was there is no longer: its stamp would hold for a half-filled environment, too.
+        (_STAMPS / group).unlink(missing_ok=True)
         shutil.rmtree(home, ignore_errors=True)
-        _quietly([PYTHON, "-m", "venv", "--without-pip", home], f"environment {name}")
-        _run(_pip([PYTHON, "-m", "pip", "--python", interpreters[name]], ["--no-compile", *wanted]))
+        _quietly([PYTHON, "-m", "venv", "--without-pip", home], f"environment {home.name}")
+        _run(_pip([PYTHON, "-m", "pip", "--python", interpreter], ["--no-compile", *wanted]))
         _stamp(group, digest)
-    return interpreters
+    return interpreter
 
 
 def requirements(profile: str) -> list[str]:

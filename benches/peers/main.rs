@@ -1,9 +1,10 @@
-//! The Rust processes of the benchmark: the worker that answers at once, the bare client, and the controller.
+//! The Rust processes of the benchmark: the workers that answer at once, the bare client, and the controller.
 //!
-//! Started by benches/main.py, which says what to do as JSON: once on the command line ([`setup::Setup`]), then a line of
-//! standard input for each round. A process ends with its standard input.
+//! Started by benches/main.py and benches/field.py, which say what to do as JSON: once on the command line
+//! ([`setup::Setup`]), then a line of standard input for each round. A process ends with its standard input.
 
 mod controller;
+mod http_worker;
 mod load;
 mod raw;
 mod setup;
@@ -23,8 +24,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     match role.as_str() {
         // One thread, so that it takes as little as possible of a machine that it shares with what is measured.
         "worker" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(worker::run(setup)),
+        "http-worker" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(http_worker::run(setup)),
         "raw" => tokio::runtime::Runtime::new()?.block_on(raw::run(setup)),
         "controller" => tokio::runtime::Runtime::new()?.block_on(controller::run(setup)),
-        other => Err(format!("{other:?} is no role: worker, raw and controller are").into()),
+        other => Err(format!("{other:?} is no role: worker, http-worker, raw and controller are").into()),
     }
 }

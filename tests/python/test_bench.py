@@ -136,7 +136,8 @@ def test_ratios_are_taken_within_a_round(report: ModuleType) -> None:
         return [{"requests_per_second": rate, **others} for rate in rates]
 
     # The machine was ten times as fast in the second round, and half as fast in the third.
-    summary = report.summarize({"raw": measured(100, 1000, 50), "rust": measured(80, 700, 45)})
+    rounds = {"raw": measured(100, 1000, 50), "rust": measured(80, 700, 45)}
+    summary = report.summarize(rounds, {"raw": ["raw", "nats-py"], "rust": ["raw", "nats-py"]})
 
     assert summary["rust"]["ratios"]["raw"]["requests_per_second"] == {"median": 0.8, "min": 0.7, "max": 0.9}
     assert summary["rust"]["figures"]["requests_per_second"] == {"median": 80, "min": 45, "max": 700}
@@ -282,6 +283,47 @@ def test_only_what_was_asked_for_runs(peers: Path, tmp_path: Path) -> None:
 
     assert list(kept["cells"]) == ["buffered-1"]
     assert list(kept["cells"]["buffered-1"]["summary"]) == ["raw", "nats-py"]
+
+
+@_whole
+def test_the_field_measures_ours_in_front_of_every_kind_of_worker(peers: Path, tmp_path: Path) -> None:
+    """Others' programs are no part of it, as they would have to be installed."""
+    _, kept = _run(peers, tmp_path, "--only=ours")
+
+    groups = kept["field"]["groups"]
+    sides = {
+        name: {side for cell in group["cells"].values() for side in cell["summary"]}
+        for name, group in groups.items()
+    }
+    assert sides == {
+        "mocked-4": {"ours"},
+        "mocked-100": {"ours"},
+        "called": {"ours"},
+        "http": {"direct", "ours", "ours, NATS"},
+    }
+    for group in groups.values():
+        for name, cell in group["cells"].items():
+            for summary in cell["summary"].values():
+                assert summary["figures"]["requests"] == {"median": 70, "min": 70, "max": 70}
+                assert summary["figures"]["cpu_us_per_request"]["min"] > 0
+                assert ("tokens_per_second" in summary["figures"]) == ("streaming" in name)
+    assert set(groups["http"]["cells"]["buffered-64"]["summary"]["ours"]["ratios"]) == {
+        "direct",
+        "ours, NATS",
+    }
+    assert kept["field"]["missing"] == {}
+
+
+@pytest.mark.slow
+def test_the_front_end_is_compared_with_a_constant(tmp_path: Path) -> None:
+    command = [sys.executable, "-B", str(_ROOT / "benches" / "front.py"), "--rounds=1", "--seconds=0.1"]
+    done = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*.json")
+    front = json.loads(file.read_text(encoding="utf-8"))["front"]
+
+    assert front["summary"]["rate_ratio"]["min"] > 0
+    assert len(front["rounds"]) == 1
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
