@@ -5,7 +5,7 @@
 # ONCE=1      the demo ends by itself, with exit status 0 or 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-clients check bench clean
+.PHONY: help build demo test test-clients check bench bench-check clean
 
 export PYTHON
 ONCE ?=
@@ -20,6 +20,7 @@ help:
 	@echo "make test-clients  openai-python 2.x and 3.x, langchain-openai and litellm against the front-end"
 	@echo "make check    every linter: rustfmt, clippy, cargo-deny, ruff, mypy, stubtest"
 	@echo "make bench    the benchmark (ARGS=... goes to it)"
+	@echo "make bench-check   instructions of the hot paths beside the committed figures (ARGS=--update writes them anew)"
 	@echo "make build    .venv with the package and all development tools"
 	@echo "make clean    removes .venv and everything that was built"
 
@@ -40,6 +41,9 @@ check:
 
 bench:
 	$(dev) bench $(ARGS)
+
+bench-check:
+	$(dev) bench-check $(ARGS)
 
 clean:
 	rm -rf .venv target .mypy_cache .ruff_cache .pytest_cache .hypothesis
