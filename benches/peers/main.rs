@@ -5,6 +5,7 @@
 
 mod controller;
 mod load;
+mod paced;
 mod raw;
 mod setup;
 mod worker;
@@ -23,8 +24,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     match role.as_str() {
         // One thread, so that it takes as little as possible of a machine that it shares with what is measured.
         "worker" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(worker::run(setup)),
+        "paced" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(paced::run(setup)),
         "raw" => tokio::runtime::Runtime::new()?.block_on(raw::run(setup)),
         "controller" => tokio::runtime::Runtime::new()?.block_on(controller::run(setup)),
-        other => Err(format!("{other:?} is no role: worker, raw and controller are").into()),
+        other => Err(format!("{other:?} is no role: worker, paced, raw and controller are").into()),
     }
 }
