@@ -18,10 +18,10 @@ const REMEMBERED: u64 = 256;
 pub fn cases() -> Vec<Case> {
     let case = |name, times, run| Case { name, times, run };
     vec![
-        case("request/buffered/3", 500, |times| whole(3, times)),
+        case("request/buffered/3", 2_000, |times| whole(3, times)),
         case("request/buffered/1000", 500, |times| whole(1_000, times)),
-        case("stream/token/burst", 100 * TOKENS, |times| streams(Pace::Burst, 1, times)),
-        case("stream/token/1", 100 * TOKENS, |times| streams(Pace::Steps, 1, times)),
+        case("stream/token/burst", 200 * TOKENS, |times| streams(Pace::Burst, 1, times)),
+        case("stream/token/1", 200 * TOKENS, |times| streams(Pace::Steps, 1, times)),
         case("stream/token/1000", 1_000 * TOKENS, |times| streams(Pace::Steps, 1_000, times)),
         case("metrics/text/10", 50, metrics),
     ]
