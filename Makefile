@@ -5,7 +5,7 @@
 # ONCE=1      the demo ends by itself, with exit status 0 or 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-clients check bench bench-report clean
+.PHONY: help build demo test test-clients check bench bench-report bench-check clean
 
 export PYTHON
 ONCE ?=
@@ -21,6 +21,7 @@ help:
 	@echo "make check    every linter: rustfmt, clippy, cargo-deny, ruff, mypy, stubtest"
 	@echo "make bench    the benchmark (ARGS=... goes to it)"
 	@echo "make bench-report  one page of the latest figures, with plots"
+	@echo "make bench-check   instructions of the hot paths beside the committed figures (ARGS=--update writes them anew)"
 	@echo "make build    .venv with the package and all development tools"
 	@echo "make clean    removes .venv and everything that was built"
 
@@ -44,6 +45,9 @@ bench:
 
 bench-report:
 	$(dev) bench-report $(ARGS)
+
+bench-check:
+	$(dev) bench-check $(ARGS)
 
 clean:
 	rm -rf .venv target .mypy_cache .ruff_cache .pytest_cache .hypothesis

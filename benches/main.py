@@ -34,8 +34,12 @@ _CELLS = [
     Cell("streaming", 1, counted="tokens"),
     Cell("streaming", 64, counted="tokens"),
 ]
-#: What `--only=worker` runs, each a program of its own with a model: not a part of the rest.
-_OF_WORKERS = ("worker.py", "turns.py", "liveness.py")
+#: What these names of `--only` run, each a program of its own: not a part of the rest. Those of workers bring a model.
+_PROGRAMS = {
+    "worker": ("worker.py", "turns.py", "liveness.py"),
+    "memory": ("memory.py",),
+    "growth": ("growth.py",),
+}
 #: Which peer a side is compared with: nats-py on the same event loop.
 _PEERS = {"python-uvloop": "nats-py-uvloop", "nats-py-uvloop": "nats-py-uvloop"}
 
@@ -53,8 +57,8 @@ def main() -> int:
     """Runs the benchmark and returns the exit status."""
     options = _options()
     try:
-        if options.worker:
-            return _run_workers()
+        if options.programs:
+            return _run_programs(options)
         return field.run(options) if options.field else _run(options)
     except (NatsServerError, SideError, core.CoreError) as error:
         print(f"\n{error}", file=sys.stderr)
@@ -84,11 +88,14 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_workers() -> int:
-    """Runs the benchmarks of workers, and returns the first exit status that is not 0."""
-    for name in _OF_WORKERS:
+def _run_programs(options: argparse.Namespace) -> int:
+    """Runs what is a program of its own, and returns the first exit status that is not 0."""
+    for name in options.programs:
         print(f"\n=== {name}", flush=True)
-        status = subprocess.run([sys.executable, "-B", _ROOT / "benches" / name], check=False).returncode
+        command = [sys.executable, "-B", _ROOT / "benches" / name]
+        if name not in _PROGRAMS["worker"]:
+            command += ["--peers", options.peers, *(["--quick"] if options.quick else [])]
+        status = subprocess.run(command, check=False).returncode
         if status:
             return status
     return 0
@@ -159,7 +166,7 @@ def _options() -> argparse.Namespace:
         help="at most so many in one round of one side",
     )
     parser.add_argument("--tokens", type=_positive, default=64, help="length of a stream (default 64)")
-    names = ["core", "worker", "field", *SIDES, *(cell.name for cell in _CELLS), *field.NAMES]
+    names = ["core", *_PROGRAMS, "field", *SIDES, *(cell.name for cell in _CELLS), *field.NAMES]
     parser.add_argument("--only", metavar="NAME,NAME", default="", help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=Path, default=kept.FOLDER, help="folder for the JSON")
     options = parser.parse_args()
@@ -167,9 +174,10 @@ def _options() -> argparse.Namespace:
     for name in wanted:
         if name not in names:
             parser.error(f"--only: {name!r} is none of {', '.join(names)}")
-    options.worker = "worker" in wanted
-    if options.worker and wanted != ["worker"]:
-        parser.error("--only: worker is measured by itself")
+    alone = [name for name in wanted if name in _PROGRAMS]
+    options.programs = [program for name in alone for program in _PROGRAMS[name]]
+    if alone and alone != wanted:
+        parser.error(f"--only: {alone[0]} is measured by itself")
     named = [name for name in field.NAMES if name in wanted]
     options.field = named or (list(field.NAMES) if "field" in wanted else [])
     if options.field and not set(wanted) <= {"field", *field.NAMES}:

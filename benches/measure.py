@@ -33,6 +33,7 @@ class Setup:
     answer: str
     tokens: int
     sessions: int
+    interval: int = 0  # milliseconds between the tokens of a paced stream
 
     def messages(self) -> list[dict[str, str]]:
         return [{"role": "user", "content": self.prompt}]

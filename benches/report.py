@@ -76,8 +76,12 @@ def _percentiles(name: str, nanoseconds: Iterable[int]) -> dict[str, float]:
     ordered = sorted(nanoseconds)
     if not ordered:
         return {}
-    nearest_rank = {share: ordered[math.ceil(share / 100 * len(ordered)) - 1] for share in (50, 95, 99)}
-    return {f"{name}_p{share}_us": value / 1e3 for share, value in nearest_rank.items()}
+    return {f"{name}_p{share}_us": percentile(ordered, share) / 1e3 for share in (50, 95, 99)}
+
+
+def percentile(ordered: Sequence[int], share: int) -> int:
+    """The nearest rank: a value that is there."""
+    return ordered[math.ceil(share / 100 * len(ordered)) - 1]
 
 
 def summarize(

@@ -59,9 +59,9 @@ class Processes:
         for process in self._started:
             process.wait()
 
-    def start_worker(self) -> None:
-        """Returns when the worker serves."""
-        self.start("worker", [str(self._peers), "worker", self._setup])
+    def start_worker(self, role: str = "worker") -> None:
+        """Returns when the worker serves. `role`: `worker` answers at once, the streams of `paced` take their time."""
+        self.start(role, [str(self._peers), role, self._setup])
 
     def start_side(self, name: str) -> Process:
         """Returns when the side has found the worker."""
@@ -82,7 +82,7 @@ class Processes:
 class Process:
     """A process that answers each line of its standard input with one of its standard output."""
 
-    def __init__(self, name: str, command: list[str]) -> None:
+    def __init__(self, name: str, command: list[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process = subprocess.Popen(
@@ -90,6 +90,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment,
             start_new_session=True,  # out of reach of the terminal's Ctrl-C, which is the harness's business
         )
         # A thread, because a pipe cannot be read with a time limit.

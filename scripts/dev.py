@@ -1,10 +1,11 @@
-"""Usage: python scripts/dev.py build|demo|test|test-clients|check|bench|bench-report [ARGUMENT ...].
+"""Usage: python scripts/dev.py build|demo|test|test-clients|check|bench|bench-report|bench-check [ARGUMENT ...].
 
 The Makefile's targets: each prepares what it needs (environment.py), says so, and then does its one job.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import time
 from typing import TYPE_CHECKING
 
 import environment
+import instructions
+import valgrind
 from environment import BIN, PYTHON, ROOT
 from progress import StepError, Steps, duration, note
 
@@ -70,7 +73,7 @@ def bench(arguments: list[str]) -> int:
     """Builds the Rust side of the benchmark, and runs it."""
     steps = _prepare("dev", 2)
     steps.begin("Rust side of the benchmark, release build")
-    programs = environment.build_benchmarks()
+    programs = environment.build_benchmarks("peers", "routing")
     steps.begin("The benchmark")
     named = (f"--{name}={path}" for name, path in programs.items())
     return _become([PYTHON, _existing("benches/main.py"), *named, *arguments])
@@ -79,6 +82,44 @@ def bench(arguments: list[str]) -> int:
 def bench_report(arguments: list[str]) -> int:
     """Writes a page of the figures that the benchmarks have kept; needs nothing but Python."""
     return _become([sys.executable, "-B", _existing("benches/page.py"), *arguments])
+
+
+def bench_check(arguments: list[str]) -> int:
+    """Counts the instructions of the hot paths, and compares them with the committed figures or writes those anew."""
+    parser = argparse.ArgumentParser(prog="make bench-check", description=bench_check.__doc__)
+    parser.add_argument("--update", action="store_true", help="write benches/check/figures.json anew")
+    parser.add_argument("--only", metavar="NAME,NAME", default="", help="cases that begin so")
+    options = parser.parse_args(arguments)
+    if options.update and options.only:
+        parser.error("--update writes all of them: leave --only out")
+    if sys.platform == "darwin":
+        print(
+            "bench-check compares nothing: valgrind does not run on this system, and counts the instructions."
+        )
+        return 0
+    before = None if options.update else instructions.read()
+    machine = instructions.here()
+    differences = instructions.differences(before.holds_for, machine) if before else []
+    if differences:
+        print("bench-check compares nothing: the committed figures hold for another machine.")
+        print(*(f"  {difference}" for difference in differences), sep="\n")
+        return 0
+    steps = Steps(3)
+    steps.begin("valgrind")
+    with environment.exclusive():
+        environment.ensure_venv()
+        tool = valgrind.find()
+    steps.begin("Rust side of the check, release build")
+    program = environment.build_benchmarks("check")["check"]
+    steps.begin("Instructions of the hot paths")
+    counted = instructions.count(program, instructions.cases(program, options.only), tool)
+    if before is None:
+        instructions.write(instructions.Figures(machine, counted))
+        note(f"written: {instructions.FIGURES.relative_to(ROOT)}")
+        return 0
+    changes = instructions.compare(before.instructions, counted, whole=not options.only)
+    print("", *instructions.table(changes), sep="\n")
+    return 0 if instructions.holds(changes) else 1
 
 
 def test(arguments: list[str]) -> int:
@@ -171,6 +212,7 @@ _TARGETS = {
     "check": check,
     "bench": bench,
     "bench-report": bench_report,
+    "bench-check": bench_check,
 }
 
 

@@ -148,14 +148,13 @@ def ensure_contents(profile: str) -> None:
         _stamp("installation", metadata)
 
 
-def build_benchmarks() -> dict[str, Path]:
-    """Builds the Rust programs of the benchmark in release mode and returns where they are, by name.
+def build_benchmarks(*names: str) -> dict[str, Path]:
+    """Builds Rust programs of benchmarks in release mode and returns where they are, by name.
 
     Raises:
         StepError: The build failed.
     """
     _require_rust()
-    names = ("peers", "routing")
     command: list[str | Path] = [
         "cargo",
         "bench",

@@ -6,6 +6,7 @@
 mod controller;
 mod http_worker;
 mod load;
+mod paced;
 mod raw;
 mod setup;
 mod worker;
@@ -25,8 +26,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         // One thread, so that it takes as little as possible of a machine that it shares with what is measured.
         "worker" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(worker::run(setup)),
         "http-worker" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(http_worker::run(setup)),
+        "paced" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(paced::run(setup)),
         "raw" => tokio::runtime::Runtime::new()?.block_on(raw::run(setup)),
         "controller" => tokio::runtime::Runtime::new()?.block_on(controller::run(setup)),
-        other => Err(format!("{other:?} is no role: worker, http-worker, raw and controller are").into()),
+        other => Err(format!("{other:?} is no role: worker, http-worker, paced, raw and controller are").into()),
     }
 }

@@ -21,6 +21,9 @@ pub struct Setup {
     pub tokens: u64,
     /// How many sessions the requests belong to, in turn.
     pub sessions: u64,
+    /// Milliseconds between the tokens of a paced stream.
+    #[serde(default)]
+    pub interval: u64,
 }
 
 // === impl Setup ===

@@ -19,7 +19,7 @@ use serde::Deserialize;
 use crate::load::say;
 use crate::setup::Setup;
 
-const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
+pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
 /// Far more than any side has at a time, so that nobody is refused or queued.
 const MAX_CONCURRENT: u32 = 4096;
 const INCARNATION: &str = "bench";
@@ -80,7 +80,8 @@ pub async fn run(setup: Setup) -> Result<(), Box<dyn Error>> {
             Some(_) = again.next() => worker.client.publish(subject::register(""), registration.clone()).await?,
             _ = heartbeats.tick() => {
                 sequence += 1;
-                let beat = serde_json::to_vec(&heartbeat(&setup, id.clone(), sequence, &worker.running))?;
+                let running = worker.running.iter().map(|stream| stream.request_id.clone()).collect();
+                let beat = serde_json::to_vec(&heartbeat(&setup, id.clone(), sequence, running))?;
                 worker.client.publish(subject::heartbeat(""), beat.into()).await?;
             }
             _ = &mut end => return Ok(()),
@@ -89,7 +90,8 @@ pub async fn run(setup: Setup) -> Result<(), Box<dyn Error>> {
     }
 }
 
-fn registration(setup: &Setup, worker_id: WorkerId) -> Registration {
+/// What says who the worker is.
+pub fn registration(setup: &Setup, worker_id: WorkerId) -> Registration {
     Registration {
         protocol: Some(PROTOCOL),
         worker_id,
@@ -105,7 +107,8 @@ fn registration(setup: &Setup, worker_id: WorkerId) -> Registration {
     }
 }
 
-fn heartbeat(setup: &Setup, worker_id: WorkerId, sequence: u64, running: &[Running]) -> Heartbeat {
+/// A sign of life, with the names of the streams on their way.
+pub fn heartbeat(setup: &Setup, worker_id: WorkerId, sequence: u64, running: Vec<String>) -> Heartbeat {
     Heartbeat {
         worker_id,
         incarnation: INCARNATION.to_owned(),
@@ -114,7 +117,7 @@ fn heartbeat(setup: &Setup, worker_id: WorkerId, sequence: u64, running: &[Runni
         timestamp: 0,
         metrics: HeartbeatMetrics { models_loaded: vec![setup.model.clone()], ..HeartbeatMetrics::default() },
         queue_depth: 0,
-        active_request_ids: Some(running.iter().map(|stream| stream.request_id.clone()).collect()),
+        active_request_ids: Some(running),
         tokens_generated: 0,
         phase: mlx_serving_router::wire::Phase::Ready,
         loading_models: Vec::new(),

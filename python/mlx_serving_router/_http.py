@@ -129,7 +129,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
 
 
 class _Watch:
-    """Cancels a task when the client goes away. What is done in no time is not watched: that would cost as much again."""
+    """Cancels a task when the client goes away. A watch of what is done in no time would cost as much again."""
 
     def __init__(self, receive: Receive, task: asyncio.Task[Any]) -> None:
         self.gone = False

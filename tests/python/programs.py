@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -135,3 +136,17 @@ def all_gone(marker: Path) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def built_bench(name: str) -> Path:
+    """A Rust program of the benchmark, in a debug build: other tests have built most of it already."""
+    done = subprocess.run(
+        ["cargo", "build", f"--bench={name}", "--message-format=json-render-diagnostics"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = re.search(r'"executable":"([^"]+)"', done.stdout)
+    assert found is not None
+    return Path(found[1])

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from programs import built_bench
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import ModuleType
@@ -28,23 +30,9 @@ def _whole(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.nats(pytest.mark.slow(pytest.mark.timeout(900)(test)))
 
 
-def _built(name: str) -> Path:
-    """A Rust program of the benchmark, in a debug build: other tests have built most of it already."""
-    done = subprocess.run(
-        ["cargo", "build", f"--bench={name}", "--message-format=json-render-diagnostics"],
-        cwd=_ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found = re.search(r'"executable":"([^"]+)"', done.stdout)
-    assert found is not None
-    return Path(found[1])
-
-
 @pytest.fixture(scope="module")
 def peers() -> Path:
-    return _built("peers")
+    return built_bench("peers")
 
 
 def _command(peers: Path, output: Path, *options: str, routing: Path = Path("nowhere")) -> list[str]:
@@ -264,7 +252,7 @@ def cell_title(name: str) -> str:
 
 @_whole
 def test_the_deciding_core_is_measured_by_itself(peers: Path, tmp_path: Path) -> None:
-    command = _command(peers, tmp_path, "--only=core", "--quick", routing=_built("routing"))
+    command = _command(peers, tmp_path, "--only=core", "--quick", routing=built_bench("routing"))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*.json")
