@@ -91,7 +91,7 @@ impl Worker {
         while self.running.front().is_some_and(|stream| stream.due <= now) {
             let Some(mut stream) = self.running.pop_front() else { break };
             let text = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos().to_string();
-            let token = Reply::Token(Token { text, index: stream.index, token_ids: vec![1_000], logprobs: None });
+            let token = Reply::Token(Token { text, index: stream.index, token_ids: vec![1_000].into(), logprobs: None });
             self.client.publish(stream.reply.clone(), token.encode(&stream.request_id).into()).await?;
             stream.index += 1;
             stream.due += self.interval;

@@ -134,6 +134,13 @@ impl Model {
         self.workers.get(place).filter(|worker| worker.life == life).map(|_| place)
     }
 
+    /// Those whose accounts are marked: full, shut, held, or standing elsewhere than online. One pass over numbers that lie
+    /// side by side.
+    pub(super) fn marked<'a>(&'a self, fleet: &'a Fleet) -> impl Iterator<Item = &'a Arc<Worker>> {
+        let is_marked = |account: u32| Page::read(&fleet.pages, account as usize).has(Entry::MARKS);
+        self.workers.iter().zip(&self.accounts).filter(move |(_, account)| is_marked(**account)).map(|(worker, _)| worker)
+    }
+
     /// Of how many workers the breakers admit requests.
     pub(super) fn admitted(&self, fleet: &Fleet) -> usize {
         self.accounts.iter().filter(|&&account| !Page::read(&fleet.pages, account as usize).has(Entry::SHUT)).count()

@@ -342,11 +342,18 @@ impl Hub {
     pub(super) fn left_out(&self, query: &Query<'_>, chosen: Option<&Worker>, now: Instant) -> Vec<(WorkerId, LeftOut)> {
         let fleet = self.fleet.load();
         self.settle(now);
-        let model = fleet.model(query.model_id);
-        let panic = model.is_some_and(|model| self.panics(&fleet, model));
+        let Some(model) = fleet.model(query.model_id) else { return Vec::new() };
+        let panic = self.panics(&fleet, model);
         let is_chosen = |worker: &Worker| chosen.is_some_and(|chosen| chosen.life == worker.life);
-        let others = model.map_or(&[][..], |model| &model.workers).iter().filter(|worker| !is_chosen(worker));
-        others
+        // Mostly nobody is left out, and the ledger says so without asking each of thousands.
+        let told_by_marks = query.exclude.is_empty() && model.priorities.is_empty();
+        let (some, all) = match told_by_marks {
+            true => (Some(model.marked(&fleet)), None),
+            false => (None, Some(model.workers.iter())),
+        };
+        let those = some.into_iter().flatten().chain(all.into_iter().flatten());
+        those
+            .filter(|worker| !is_chosen(worker))
             .filter_map(|worker| {
                 let why = match worker.standing() {
                     Standing::Offline | Standing::Draining => return None,

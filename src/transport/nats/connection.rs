@@ -15,8 +15,9 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::config::NatsConfig;
 use crate::error::{ControllerError, ControllerErrorCode};
 
-/// How many messages wait in one subscription. async-nats drops silently beyond it, which shows as a missing token index.
-const SUBSCRIPTION_CAPACITY: usize = 65_536;
+/// How many messages wait in one subscription. What comes beyond it is dropped, and [`Link::losses`] counts: thousands of
+/// streams whose worker says all at once get there, and others hardly do. Memory is taken for those that wait alone.
+const SUBSCRIPTION_CAPACITY: usize = 1 << 18;
 /// Headers count as well: our names and values, with separators, are far below this many bytes.
 const HEADERS: usize = 1024;
 /// The first wait before a reconnect; it grows by as much each time, up to the longest.
@@ -47,6 +48,8 @@ pub struct Link {
     pub connected: bool,
     /// How often it was made: 1 from the start on, one more with each reconnect.
     pub connects: u64,
+    /// How often it was told that messages came faster than they were taken, and some of them are lost.
+    pub losses: u64,
 }
 
 /// The messages of one subject. Dropping it unsubscribes.
@@ -300,9 +303,12 @@ async fn options(config: &NatsConfig, client_name: &str) -> Result<ConnectOption
 fn note(states: &watch::Sender<Link>, event: &Event) {
     match event {
         // The first Connected is the start, each further one a reconnect.
-        Event::Connected => states.send_modify(|link| *link = Link { connected: true, connects: link.connects + 1 }),
+        Event::Connected => states.send_modify(|link| *link = Link { connected: true, connects: link.connects + 1, ..*link }),
         Event::Disconnected | Event::Closed => states.send_modify(|link| link.connected = false),
-        Event::SlowConsumer(_) => tracing::warn!("a NATS subscription fell behind and lost messages"),
+        Event::SlowConsumer(_) => {
+            tracing::warn!("a NATS subscription fell behind and lost messages");
+            states.send_modify(|link| link.losses += 1);
+        }
         Event::ServerError(error) => tracing::warn!(%error, "NATS server error"),
         Event::ClientError(error) => tracing::warn!(%error, "NATS client error"),
         Event::LameDuckMode | Event::Draining => {}
@@ -319,10 +325,12 @@ async fn compare(client: Client, states: Arc<watch::Sender<Link>>) {
         let own = Link {
             connected: client.connection_state() == State::Connected,
             connects: statistics.connects.load(Ordering::Relaxed),
+            losses: 0,
         };
-        let told = *states.borrow();
+        // Losses are told as they come, and by nothing else.
+        let told = Link { losses: 0, ..*states.borrow() };
         differed = next_link(told, own, differed).unwrap_or_else(|corrected| {
-            states.send_replace(corrected);
+            states.send_modify(|link| *link = Link { losses: link.losses, ..corrected });
             None
         });
     }
@@ -345,9 +353,20 @@ pub(super) fn lost(error: &dyn std::fmt::Display) -> ControllerError {
 mod tests {
     use super::*;
 
-    const UP: Link = Link { connected: true, connects: 1 };
-    const DOWN: Link = Link { connected: false, connects: 1 };
-    const BACK: Link = Link { connected: true, connects: 2 };
+    const UP: Link = Link { connected: true, connects: 1, losses: 0 };
+    const DOWN: Link = Link { connected: false, connects: 1, losses: 0 };
+    const BACK: Link = Link { connected: true, connects: 2, losses: 0 };
+
+    #[test]
+    fn each_loss_is_news_and_survives_a_reconnect() {
+        let (states, mut link) = watch::channel(UP);
+        link.mark_unchanged();
+        note(&states, &Event::SlowConsumer(1));
+        assert!(link.has_changed().unwrap_or(false));
+        note(&states, &Event::Disconnected);
+        note(&states, &Event::Connected);
+        assert_eq!(*link.borrow(), Link { losses: 1, ..BACK });
+    }
 
     #[test]
     fn a_lost_event_is_made_good_at_the_second_look() {

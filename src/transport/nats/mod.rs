@@ -166,17 +166,24 @@ async fn feel_pulse(connection: NatsConnection, inbox: Arc<Inbox>) {
     }
 }
 
-/// Tells the attempts in flight that the connection was lost, and ends them once it has been down for longer than the grace.
+/// Tells the attempts in flight that the connection was lost, or messages were, and ends them once the connection has been
+/// down for longer than the grace.
 async fn watch_link(connection: NatsConnection, inbox: Arc<Inbox>, grace: Duration) {
     let mut link = connection.link();
-    let mut connects = 1;
+    let (mut connects, mut losses) = (1, 0);
     loop {
         // The news of the first connection may still be on its way; one that was down and is up again counts as down.
         let is_lost = |link: &Link| link.connects > connects || (link.connects > 0 && !link.connected);
-        if link.wait_for(is_lost).await.is_err() {
-            return;
+        match link.wait_for(|link| is_lost(link) || link.losses > losses).await.map(|link| *link) {
+            Err(_) => return,
+            Ok(now) => {
+                inbox.disturb_all();
+                losses = now.losses;
+                if !is_lost(&now) {
+                    continue;
+                }
+            }
         }
-        inbox.disturb_all();
         let back = tokio::time::timeout(grace, link.wait_for(|link| link.connected)).await.is_ok_and(|state| state.is_ok());
         if !back {
             inbox.fail_all();
