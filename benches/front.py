@@ -84,14 +84,14 @@ async def _round(ports: dict[str, int], seconds: float, first: str) -> dict[str,
         measured[f"{role}_rate"] = found.rate
         measured[f"{role}_cpu_us"] = found.cpu / found.requests * 1e6
         measured[f"{role}_loop_us"] = found.loop / found.requests * 1e6
-        alone = await load.run(1, seconds / 2)
+        alone = await load.alone(seconds / 2)
         measured[f"{role}_p50_us"] = median(alone.latencies_ns) / 1e3
     stream = Load(ports["front"], _body("burst", stream=True), stream=True)
     found = await _loaded(stream, _MANY, seconds)
     measured["token_cpu_us"] = found.cpu / (found.requests * _TOKENS) * 1e6
     measured["tokens_rate"] = found.rate * _TOKENS
     paced = Load(ports["front"], _body("paced", stream=True), stream=True)
-    measured["first_byte_us"] = median((await paced.run(1, seconds)).first_token_ns) / 1e3
+    measured["first_byte_us"] = median((await paced.alone(seconds)).first_token_ns) / 1e3
     bare = await _get(ports["front"], "/bare")
     measured["bare_first_token_us"] = bare["first_token_us"]
     measured["rate_ratio"] = measured["front_rate"] / measured["constant_rate"]

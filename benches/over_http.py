@@ -11,6 +11,7 @@ import json
 import socket
 import sys
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from measure import UNBOUNDED, Outcome, WrongAnswerError
@@ -55,7 +56,7 @@ class Load:
         def begins() -> bool:
             return next(numbers) < requests and time.perf_counter() < started + seconds
 
-        connections = [_Connection(self, outcome, begins) for _ in range(concurrency)]
+        connections = [_Connection(self, outcome, begins, loop.create_future()) for _ in range(concurrency)]
         try:
             async with asyncio.timeout(seconds + _PATIENCE):
                 for connection in connections:
@@ -69,14 +70,46 @@ class Load:
         outcome.seconds = time.perf_counter() - started
         return outcome
 
+    async def alone(self, seconds: float) -> Outcome:
+        """A round of one connection, by a thread that waits in the kernel: waking a loop is no part of the answer."""
+        return await asyncio.to_thread(self._alone, time.perf_counter() + seconds)
+
+    def _alone(self, until: float) -> Outcome:
+        outcome = Outcome()
+        ended: Future[None] = Future()
+        with socket.create_connection(("127.0.0.1", self.port), _PATIENCE) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            one = _Connection(self, outcome, lambda: time.perf_counter() < until, ended)
+            one.connection_made(_Blocking(connection))
+            while not ended.done():
+                one.data_received(connection.recv(1 << 16))
+        ended.result()
+        return outcome
+
+
+class _Blocking:
+    """What a connection needs of a transport."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.write = connection.sendall
+
+    def close(self) -> None:
+        """The socket is closed by whoever has opened it."""
+
 
 class _Connection(asyncio.Protocol):
-    def __init__(self, load: Load, outcome: Outcome, begins: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        load: Load,
+        outcome: Outcome,
+        begins: Callable[[], bool],
+        ended: asyncio.Future[None] | Future[None],
+    ) -> None:
         self._load = load
         self._outcome = outcome
         self._begins = begins
         self._transport: Any = None
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = ended
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import time
-import uuid
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 # Not for type checking alone: FastAPI reads the annotations of `get_controller`.
@@ -34,7 +34,8 @@ _STATE: Final = "mlx_serving_router"
 _ID: Final = "mlx_serving_router.request_id"
 
 # What may stand in a path and in a log line as it is.
-_SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SANE_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID: Final = REQUEST_ID.encode()
 
 _T = TypeVar("_T")
 
@@ -50,7 +51,7 @@ def get_controller(request: Request) -> ControllerNode:
     Raises:
         RuntimeError: The application has none: its lifespan has not run, or includes no `controller_router`.
     """
-    controller: ControllerNode | None = getattr(request.state, _STATE, None)
+    controller: ControllerNode | None = request.scope.get("state", {}).get(_STATE)
     if controller is None:
         raise RuntimeError(
             "no controller: the application's lifespan has not run. An application that is mounted in another one has"
@@ -76,10 +77,15 @@ def request_id(request: Request) -> str:
     """The request's id: the header's where that is a sane one, else one that is made; the same at each call."""
     made: str | None = request.scope.get(_ID)
     if made is None:
-        given = request.headers.get(REQUEST_ID, "")
-        made = given if _SANE_ID.fullmatch(given) else str(uuid.uuid4())
-        request.scope[_ID] = made
+        given = next((value for name, value in request.scope["headers"] if name == _REQUEST_ID), b"")
+        made = request.scope[_ID] = given.decode("latin-1") if _SANE_ID.fullmatch(given) else _new_id()
     return made
+
+
+def _new_id() -> str:
+    """A random UUID; the library's own takes ten times as long to make one."""
+    digits = os.urandom(16).hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
 async def read_body(request: Request, limit: int) -> bytes:

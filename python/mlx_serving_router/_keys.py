@@ -67,7 +67,7 @@ def place(request: Request) -> AbstractContextManager[None]:
     Raises:
         HttpError: 429 on entering, a limit of the request's key is used up.
     """
-    key: _Key | None = getattr(request.state, "api_key", None)
+    key: _Key | None = request.scope.get("state", {}).get("api_key")
     return nullcontext() if key is None else key.place()
 
 

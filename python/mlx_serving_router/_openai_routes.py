@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlx_serving_router._native import CompletionCall
 
 _WORKER_ID: Final = WORKER_ID.encode()
+_READ: Final = {_WORKER_ID, b"x-session-id", b"traceparent"}
 # Models have no birthday here; clients want one that stays.
 _STARTED: Final = int(time.time())
 
@@ -56,7 +57,7 @@ class Endpoint:
         controller = get_controller(request)
         name = request_id(request)
         # One pass over them all: ASGI has their names in lower case.
-        headers = {key: value.decode("latin-1") for key, value in request.scope["headers"]}
+        headers = {name: value.decode("latin-1") for name, value in request.scope["headers"] if name in _READ}
         body = await read_body(request, self._max_body)
         call = self._parse(body, request_id=name, session_id=headers.get(b"x-session-id"))
         worker_id = headers.get(_WORKER_ID)

@@ -89,6 +89,8 @@ def create_app(
     for route in app.routes:
         if type(route) is Route:  # FastAPI's own: the documentation
             route.app = _named(route.app)
+    # Routes are tried in their order, and nobody waits for the documentation.
+    app.router.routes.sort(key=lambda route: type(route) is Route)
     return app
 
 

@@ -3,9 +3,9 @@
 //! Pure: what happened, the clock and the dice come in, a decision comes out. Who that other worker is, and whether there
 //! is one, is the routing room's business.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use tokio::time::Instant;
 
 use crate::config::RetryConfig;
@@ -109,7 +109,7 @@ const MODELS_MAX: usize = 1_000;
 
 impl Budgets {
     pub(super) fn new(config: &RetryConfig) -> Self {
-        Self { percent: config.budget_percent, floor: config.budget_min_per_second, models: HashMap::new() }
+        Self { percent: config.budget_percent, floor: config.budget_min_per_second, models: HashMap::default() }
     }
 
     /// A request for a model that is served was sent for the first time.

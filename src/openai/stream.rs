@@ -26,6 +26,13 @@ pub struct StreamEncoder {
     begun: bool,
     /// Characters written so far: where the next token's log probabilities begin.
     offset: usize,
+    /// What stands around the text of a chunk that has nothing else to say, written once.
+    plain: Option<Plain>,
+}
+
+struct Plain {
+    before: Vec<u8>,
+    after: Vec<u8>,
 }
 
 #[derive(Serialize)]
@@ -70,12 +77,15 @@ impl StreamEncoder {
     #[must_use]
     pub fn new(call: Arc<CompletionCall>, created: u64) -> Self {
         let (id, model) = (call.answer_id(), call.request.model_id.clone());
-        Self { call, id, model, created, begun: false, offset: 0 }
+        Self { call, id, model, created, begun: false, offset: 0, plain: None }
     }
 
     /// The model that answers, where it is not the one that was asked for. What is written from now on names it.
     pub fn answered_by(&mut self, model: &str) {
-        model.clone_into(&mut self.model);
+        if self.model != model {
+            model.clone_into(&mut self.model);
+            self.plain = None;
+        }
     }
 
     /// Pieces of the answer, each with its log probabilities: one chunk each, none for a piece without text of its own.
@@ -149,10 +159,37 @@ impl StreamEncoder {
     }
 
     fn piece(&mut self, out: &mut Vec<u8>, text: &str, logprobs: Option<ChatLogprobs>) {
+        if logprobs.is_some() {
+            return self.whole_piece(out, text, logprobs);
+        }
+        let plain = match self.plain.take() {
+            Some(plain) => plain,
+            None => self.plain(),
+        };
+        out.extend_from_slice(&plain.before);
+        append(out, &text);
+        out.extend_from_slice(&plain.after);
+        self.plain = Some(plain);
+    }
+
+    fn whole_piece(&mut self, out: &mut Vec<u8>, text: &str, logprobs: Option<ChatLogprobs>) {
         match self.call.endpoint {
             Endpoint::Chat => self.chat(out, Delta { content: Some(text), ..Delta::default() }, logprobs, None),
             Endpoint::Text => self.text(out, text, logprobs, None),
         }
+    }
+
+    /// A chunk, cut where its text stands.
+    fn plain(&mut self) -> Plain {
+        // No name of a model or a request has such a character.
+        const TEXT: &str = "\0";
+        const WRITTEN: &[u8] = br#""\u0000""#;
+        let mut chunk = Vec::with_capacity(256);
+        self.whole_piece(&mut chunk, TEXT, None);
+        let at = chunk.windows(WRITTEN.len()).position(|part| part == WRITTEN).unwrap_or(chunk.len());
+        let after = chunk.get(at + WRITTEN.len()..).unwrap_or_default().to_vec();
+        chunk.truncate(at);
+        Plain { before: chunk, after }
     }
 
     /// Id and name come first, the arguments after them.

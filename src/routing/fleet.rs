@@ -2,11 +2,12 @@
 //!
 //! It is swapped whole when membership changes, and holds no state of its own but whose turn it is.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::ControlFlow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use tokio::time::Instant;
 
 use super::ledger::{Entry, Ledger, Page};
@@ -36,6 +37,8 @@ pub(super) struct Model {
     accounts: Box<[u32]>,
     /// By the number of an account: the place, or [`NOBODY`].
     places: Box<[u32]>,
+    /// Where in the pages all their accounts lie, where nobody else's lies between them.
+    together: Option<Range<usize>>,
     /// The priorities that its workers have, the highest first; empty where all have the same.
     pub(super) priorities: Box<[u8]>,
     /// The place after that of the last one chosen.
@@ -81,7 +84,7 @@ const COLD: f64 = 0.1;
 impl Fleet {
     /// A picture of these workers. Turns go on where they stood in the picture before.
     pub(super) fn new(version: u64, workers: BTreeMap<WorkerId, Arc<Worker>>, before: &Self, ledger: &Ledger) -> Self {
-        let mut lists: HashMap<Arc<str>, Vec<Arc<Worker>>> = HashMap::new();
+        let mut lists: HashMap<Arc<str>, Vec<Arc<Worker>>> = HashMap::default();
         for worker in workers.values().filter(|worker| worker.standing().is_online()) {
             for model in &worker.live().models {
                 let list = lists.entry(model.clone()).or_default();
@@ -116,12 +119,15 @@ impl Model {
         let numbers = || workers.iter().map(|worker| worker.life.account);
         let mut places = vec![NOBODY; numbers().max().map_or(0, |last| last as usize + 1)];
         (0..).zip(numbers()).for_each(|(place, number)| places[number as usize] = place);
+        let accounts: Box<[u32]> = numbers().map(|number| ledger.place(number) as u32).collect();
+        let together = accounts.iter().min().zip(accounts.iter().max()).map(|(min, max)| *min as usize..*max as usize + 1);
         let priorities: BTreeSet<u8> = workers.iter().map(|worker| worker.priority).collect();
         let priorities: Box<[u8]> = priorities.into_iter().rev().collect();
         Self {
             priorities: if priorities.len() > 1 { priorities } else { Box::default() },
             seats: workers.iter().map(|worker| worker.seat).collect(),
-            accounts: numbers().map(|number| ledger.place(number) as u32).collect(),
+            together: together.filter(|span| span.len() == accounts.len()),
+            accounts,
             places: places.into(),
             workers: workers.into(),
             turn,
@@ -138,7 +144,9 @@ impl Model {
     /// side by side.
     pub(super) fn marked<'a>(&'a self, fleet: &'a Fleet) -> impl Iterator<Item = &'a Arc<Worker>> {
         let is_marked = |account: u32| Page::read(&fleet.pages, account as usize).has(Entry::MARKS);
-        self.workers.iter().zip(&self.accounts).filter(move |(_, account)| is_marked(**account)).map(|(worker, _)| worker)
+        let some = self.together.clone().is_none_or(|span| Page::any(&fleet.pages, span, Entry::MARKS));
+        let workers = if some { &*self.workers } else { &[] };
+        workers.iter().zip(&self.accounts).filter(move |(_, account)| is_marked(**account)).map(|(worker, _)| worker)
     }
 
     /// Of how many workers the breakers admit requests.

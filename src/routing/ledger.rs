@@ -5,6 +5,7 @@
 //! has to be asked. What the clock alone takes away — a mark, or requests in a report that has grown old — is taken away
 //! when [`Ledger::is_due`] says so.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use tokio::time::Instant;
@@ -115,6 +116,18 @@ impl Page {
     /// What the account at a place of these pages says.
     pub(super) fn read(pages: &[Arc<Self>], place: usize) -> Entry {
         Entry(pages[place / PAGE].0[place % PAGE].load(Ordering::Relaxed))
+    }
+
+    /// Whether any of the accounts at these places has one of some marks.
+    pub(super) fn any(pages: &[Arc<Self>], mut places: Range<usize>, marks: u64) -> bool {
+        let mut said = 0;
+        while !places.is_empty() {
+            let first = places.start % PAGE;
+            let last = PAGE.min(first + places.len());
+            said |= pages[places.start / PAGE].0[first..last].iter().fold(0, |said, cell| said | cell.load(Ordering::Relaxed));
+            places.start += last - first;
+        }
+        said & marks != 0
     }
 }
 

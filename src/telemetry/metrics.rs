@@ -4,10 +4,10 @@
 //! Labels come from the fleet (worker ids, the models it serves) and from this program (codes, states), never from
 //! callers, and their number is bounded: a worker that is gone takes its series along.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};

@@ -104,7 +104,8 @@ pub struct Undecodable(pub &'static str);
 #[derive(Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Message<'a> {
-    #[serde(borrow, default)]
+    /// Written alone: the subject says whom a message answers.
+    #[serde(skip_deserializing)]
     request_id: Cow<'a, str>,
     #[serde(borrow, rename = "type")]
     kind: Cow<'a, str>,
@@ -158,7 +159,9 @@ impl Reply {
     }
 
     fn read(bytes: &[u8], next: Option<u64>) -> Result<Self, Undecodable> {
-        let message: Message<'_> = serde_json::from_slice(bytes).map_err(|_| Undecodable("the message is no reply"))?;
+        // Looked at once, the characters need not be looked at in each text.
+        let text = std::str::from_utf8(bytes).map_err(|_| Undecodable("the message is not of UTF-8"))?;
+        let message: Message<'_> = serde_json::from_str(text).map_err(|_| Undecodable("the message is no reply"))?;
         match &*message.kind {
             "token" => Ok(Self::Token(Token {
                 text: message.token.ok_or(Undecodable("a token message without token"))?.into_owned(),

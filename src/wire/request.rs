@@ -203,7 +203,15 @@ pub fn check_session_id(session: &str) -> Result<(), ControllerError> {
 /// Whether a text may name a session: 1 to 256 printable characters.
 #[must_use]
 pub fn valid_session_id(session: &str) -> bool {
+    if is_plain(session) {
+        return (1..=256).contains(&session.len());
+    }
     (1..=256).contains(&session.chars().take(257).count()) && session.chars().all(is_printable)
+}
+
+/// Whether a text has printable characters of ASCII alone: those need no closer look.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
 /// Whether something is seen of a character, or it joins those beside it: no control, no mark of direction, of all spaces
@@ -250,7 +258,7 @@ fn text(field: &str, value: &str, most: usize) -> Result<(), ControllerError> {
     match value.len() {
         0 => Err(invalid(field, "is empty")),
         length if length > most => Err(invalid(field, format!("has {length} bytes; at most {most} are allowed"))),
-        _ if value.chars().any(char::is_control) => Err(invalid(field, "has control characters")),
+        _ if !is_plain(value) && value.chars().any(char::is_control) => Err(invalid(field, "has control characters")),
         _ => Ok(()),
     }
 }
