@@ -9,6 +9,9 @@ use super::call::Call;
 use crate::error::ControllerError;
 use crate::wire::{Finish, Token, TokenIds, WorkerId};
 
+/// Tokens that one batch has at most.
+const TOGETHER: usize = 1024;
+
 /// An answer as it comes. Dropping it before its end cancels the work on the worker.
 pub struct TokenStream {
     // Before the call: what the attempt holds is free before the request's record ends.
@@ -35,6 +38,7 @@ impl TokenStream {
                     let attempt = Some(attempt);
                     let mut stream = Self { attempt, call, worker_id, ready: Vec::new(), text: String::new(), outcome: None };
                     stream.follow(first);
+                    stream.call.record_tokens();
                     return Ok(stream);
                 }
             }
@@ -76,8 +80,9 @@ impl TokenStream {
     /// As [`Self::next_batch`].
     pub async fn next_into(&mut self, tokens: &mut Vec<Token>) -> Result<bool, ControllerError> {
         self.fetch().await?;
+        let more = !self.ready.is_empty();
         tokens.append(&mut self.ready);
-        Ok(!tokens.is_empty())
+        Ok(more)
     }
 
     /// Waits for a token, and takes all that are there.
@@ -91,7 +96,10 @@ impl TokenStream {
             }
             _ => Instant::now(),
         };
-        while let Some(step) = self.attempt.as_mut().and_then(|attempt| attempt.try_next(now).transpose()) {
+        // Not without an end: the time that counts is looked at once.
+        while self.ready.len() < TOGETHER
+            && let Some(step) = self.attempt.as_mut().and_then(|attempt| attempt.try_next(now).transpose())
+        {
             self.follow(step);
         }
         self.call.record_tokens();

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Condvar, Mutex};
@@ -28,6 +28,9 @@ const ROOT: &str = "mlx_serving_router";
 
 /// Python's level from which on records are wanted; 255: none, as nobody takes them.
 static WANTED: AtomicU8 = AtomicU8::new(u8::MAX);
+
+/// Whether that was another level the last time.
+static CHANGED: AtomicBool = AtomicBool::new(false);
 
 /// The records of one process that nobody has taken yet.
 #[derive(Default)]
@@ -110,7 +113,10 @@ pub(super) fn close_logs() {
 
 /// Records below this level are not made from now on: what makes them is told, and then costs next to nothing.
 fn want(level: u8) {
-    if WANTED.swap(level, Ordering::Relaxed) != level {
+    let changed = WANTED.swap(level, Ordering::Relaxed) != level;
+    // And once more at the next time: what makes its first record just now may have asked before the change and note the
+    // answer after it.
+    if CHANGED.swap(changed, Ordering::Relaxed) || changed {
         tracing::callsite::rebuild_interest_cache();
     }
 }
@@ -147,6 +153,11 @@ impl<S: Subscriber> Layer<S> for Forward {
     /// Asked again whenever another level is wanted.
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
         if is_wanted(metadata) { Interest::always() } else { Interest::never() }
+    }
+
+    /// Asked where a place makes its first record in two threads at a time.
+    fn enabled(&self, metadata: &Metadata<'_>, _context: Context<'_, S>) -> bool {
+        is_wanted(metadata)
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {

@@ -166,6 +166,8 @@ impl Load {
         }
         let rested = self.has_rested(now);
         if self.is_held_back(now) {
+            // An earlier hold that ended just now may have taken the mark of this one.
+            self.account.mark(Entry::HELD, true);
             self.is_due_at(self.held_until.load(Ordering::Acquire));
         } else {
             self.account.mark(Entry::HELD, false);

@@ -4,11 +4,11 @@
 //! the oldest going first; every record ends, be it by its guard's drop. Nothing here waits: the map's lock is held for a
 //! look-up, a record's lock for a change of a few fields. Time comes in with each call.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use foldhash::HashMap;
 use hashlink::LinkedHashMap;
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -33,6 +33,7 @@ pub struct Requests {
 
 #[derive(Default)]
 struct Store {
+    /// Callers choose the names: std's hasher is proof against chosen ones.
     active: HashMap<Arc<str>, Arc<Live>>,
     /// In the order of their ends.
     ended: LinkedHashMap<Arc<str>, Ended>,

@@ -192,6 +192,10 @@ impl Shared {
         if state.closed || state.overflowed {
             return Posted::Refused(None);
         }
+        // To be told twice in a row says nothing more, and must not fill a mailbox that nobody looks into.
+        if matches!((&delivery, state.waiting.back()), (Delivery::Disturbed, Some(Delivery::Disturbed))) {
+            return Posted::Taken(state.reader.take());
+        }
         if state.waiting.len() < CAPACITY {
             state.waiting.push_back(delivery);
             return Posted::Taken(state.reader.take());
@@ -299,9 +303,15 @@ impl Drop for Postbox {
 // === impl Wake ===
 
 impl Wake {
-    /// Lets the reader go on, where one waits.
+    /// Lets the reader go on, where one waits. Dropping it does the same.
     pub fn wake(self) {
-        if let Some(reader) = self.0 {
+        drop(self);
+    }
+}
+
+impl Drop for Wake {
+    fn drop(&mut self) {
+        if let Some(reader) = self.0.take() {
             reader.wake();
         }
     }
@@ -340,6 +350,16 @@ mod tests {
 
     fn accepted() -> Delivery {
         Delivery::Reply(Reply::Accepted { queue_position: 0 })
+    }
+
+    #[test]
+    fn the_same_news_again_takes_no_room() {
+        let (postbox, mut mailbox) = mailbox();
+        assert!(postbox.post(accepted()));
+        assert!((0..3 * CAPACITY).all(|_| postbox.post(Delivery::Disturbed)));
+        assert!(postbox.post(accepted()) && postbox.post(Delivery::Disturbed));
+        let said: Vec<_> = std::iter::from_fn(|| mailbox.try_recv()).map(|said| matches!(said, Delivery::Disturbed)).collect();
+        assert_eq!(said, [false, true, false, true]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -31,6 +31,8 @@ pub(super) struct Inbox {
     echoed: Notify,
     /// The last echo that was asked for did not come in time.
     silent: AtomicBool,
+    /// How many messages were handed on.
+    delivered: AtomicU64,
     /// Takes the numbers of cancellations that nobody heard.
     unheard: mpsc::Sender<u64>,
 }
@@ -65,6 +67,7 @@ impl Inbox {
             late: AtomicU64::new(0),
             echoed: Notify::new(),
             silent: AtomicBool::new(false),
+            delivered: AtomicU64::new(0),
             unheard,
         };
         Ok((Arc::new(inbox), subscription))
@@ -133,7 +136,13 @@ impl Inbox {
             self.echoed.notified().await;
             Some(())
         };
-        if tokio::time::timeout(limit, echo).await.is_err() {
+        tokio::pin!(echo);
+        if tokio::time::timeout(limit / 2, &mut echo).await.is_ok() {
+            return;
+        }
+        // Behind many others an echo takes its time, and those are signs of life as well.
+        let before = self.delivered.load(Ordering::Relaxed);
+        if tokio::time::timeout(limit / 2, echo).await.is_err() && self.delivered.load(Ordering::Relaxed) == before {
             self.silent.store(true, Ordering::Relaxed);
             self.disturb_all();
         }
@@ -150,6 +159,7 @@ impl Inbox {
     }
 
     fn deliver(&self, message: &Incoming) -> Wake {
+        self.delivered.fetch_add(1, Ordering::Relaxed);
         if message.subject.strip_prefix(&self.prefix) == Some(ECHO) {
             self.silent.store(false, Ordering::Relaxed);
             self.echoed.notify_one();

@@ -39,6 +39,8 @@ const CONTROLLER_ID: HeaderName = HeaderName::from_static(header::CONTROLLER_ID)
 const TIMEOUT_MS: HeaderName = HeaderName::from_static(header::TIMEOUT_MS);
 const TRACEPARENT: HeaderName = HeaderName::from_static(header::TRACEPARENT);
 const REPLY_TO: HeaderName = HeaderName::from_static(header::REPLY_TO);
+/// How often the attempts are told of losses at most.
+const LOSSES_EVERY: Duration = Duration::from_millis(100);
 /// A trace context has 55 characters in its first version, and may have more in later ones.
 const TRACEPARENT_LONGEST: usize = 256;
 
@@ -180,6 +182,8 @@ async fn watch_link(connection: NatsConnection, inbox: Arc<Inbox>, grace: Durati
                 inbox.disturb_all();
                 losses = now.losses;
                 if !is_lost(&now) {
+                    // A flood is told of message by message, and to tell everybody each time would make it worse.
+                    let _ = tokio::time::timeout(LOSSES_EVERY, link.wait_for(is_lost)).await;
                     continue;
                 }
             }
