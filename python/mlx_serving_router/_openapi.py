@@ -322,7 +322,8 @@ _API: Final[dict[int | str, Any]] = {
     "4XX": {"model": RouterError, "description": "The request is at fault"},
     "5XX": {"model": RouterError, "description": "The controller cannot answer"},
 }
-_STREAM: Final = {"text/event-stream": {"schema": {"type": "string"}}}
+# Without a schema: readers of documents differ in what it would describe, the text or each event.
+_STREAM: Final[dict[str, Any]] = {"text/event-stream": {}}
 
 _ADDRESSES: Final[dict[str, dict[int | str, Any]]] = {
     "/v1/chat/completions": {200: {"model": ChatCompletion, "content": _STREAM}, **_OPENAI},
@@ -366,6 +367,17 @@ _HEADERS: Final = [
         ("x-worker-id", "Asks for this worker and no other", {"type": "string"}),
     )
 ]
+_QUERIES: Final = {
+    "/api/controller/requests": [
+        {
+            "name": "limit",
+            "in": "query",
+            "required": False,
+            "description": "The newest so many; all of them where it is left out",
+            "schema": {"type": "integer", "minimum": 1},
+        }
+    ],
+}
 
 
 def document(path: str, endpoint: Callable[..., Any]) -> dict[str, Any]:
@@ -385,6 +397,8 @@ def document(path: str, endpoint: Callable[..., Any]) -> dict[str, Any]:
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
             "parameters": _HEADERS,
         }
+    elif path in _QUERIES:
+        described["openapi_extra"] = {"parameters": _QUERIES[path]}
     return described
 
 

@@ -32,6 +32,8 @@ def test_bodies_are_described() -> None:
     assert chat["responses"]["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("/OpenAIError")
     assert chat["security"] == [{"apiKey": []}]
     assert "security" not in paths["/health"]["get"]
+    (limit,) = paths["/api/controller/requests"]["get"]["parameters"]
+    assert (limit["name"], limit["in"], limit["schema"]["minimum"]) == ("limit", "query", 1)
     # Every part that is named is there.
     parts = document["components"]["schemas"]
     assert all(name.rpartition("/")[2] in parts for name in references(document))
