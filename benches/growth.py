@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import kept
-from fleet import conduct, config
+from fleet import conduct, config, ready
 from measure import Setup
 from report import percentile
 from sides import Process, Processes, SideError
@@ -53,7 +53,7 @@ def main() -> int:
 
 async def _run(options: argparse.Namespace) -> int:
     figures: dict[str, Any] = {}
-    with _ended(_role("_fleet", size) for size in _FLEETS) as fleets:
+    with ready([_role("_fleet", size) for size in _FLEETS]) as fleets:
         figures["workers"] = _rounds(options, dict(zip(_FLEETS, fleets, strict=True)), _ask_fleet)
     print(*table("workers", "CPU us a request", figures["workers"]), sep="\n")
     with NatsServer(port=0) as nats:
@@ -70,21 +70,6 @@ async def _run(options: argparse.Namespace) -> int:
     path = kept.keep(kept.FOLDER, {"machine": kept.machine(options.peers), "growth": figures})
     print(f"\nall figures: {path}")
     return 0
-
-
-@contextlib.contextmanager
-def _ended(started: Iterator[Process]) -> Iterator[list[Process]]:
-    processes: list[Process] = []
-    try:
-        for process in started:
-            processes.append(process)
-            process.read(_PATIENCE)
-        yield processes
-    finally:
-        for process in processes:
-            process.end()
-        for process in processes:
-            process.wait()
 
 
 def _role(name: str, *arguments: Any) -> Process:
@@ -155,7 +140,7 @@ def _follow(options: argparse.Namespace, url: str, where: str) -> dict[str, Any]
     setup = Setup(url, f"paced-{where[:3]}", "paced", "Why?", "", tokens, sessions=256, interval=_INTERVAL)
     with Processes(options.peers, asdict(setup)) as processes:
         processes.start_worker("paced")
-        with _ended(iter([_role("_follower", asdict(setup), where == "one core")])) as (follower,):
+        with ready([_role("_follower", asdict(setup), where == "one core")]) as (follower,):
             return follower.ask({}, tokens * _INTERVAL / 1000 + _PATIENCE)
 
 
