@@ -91,7 +91,9 @@ async def _round(ports: dict[str, int], seconds: float, first: str) -> dict[str,
     measured["token_cpu_us"] = found.cpu / (found.requests * _TOKENS) * 1e6
     measured["tokens_rate"] = found.rate * _TOKENS
     paced = Load(ports["front"], _body("paced", stream=True), stream=True)
-    measured["first_byte_us"] = median((await paced.alone(seconds)).first_token_ns) / 1e3
+    alone = await paced.alone(seconds)
+    measured["first_byte_us"] = median(alone.first_byte_ns) / 1e3
+    measured["first_event_us"] = median(alone.first_token_ns) / 1e3
     bare = await _get(ports["front"], "/bare")
     measured["bare_first_token_us"] = bare["first_token_us"]
     measured["rate_ratio"] = measured["front_rate"] / measured["constant_rate"]
@@ -109,8 +111,9 @@ def _shown(of: dict[str, float]) -> str:
         f" ratio {of['loop_ratio']:.2f}; of the process {of['front_cpu_us']:.0f} and {of['constant_cpu_us']:.0f} us,"
         f" ratio {of['cpu_ratio']:.2f}\n"
         f"alone: p50 {of['front_p50_us']:.0f} us, a constant {of['constant_p50_us']:.0f} us\n"
-        f"  first byte of a stream {of['first_byte_us']:.0f} us, first token of the bare controller"
-        f" {of['bare_first_token_us']:.0f} us, added {of['first_byte_added_us']:.0f} us\n"
+        f"  first byte of a stream {of['first_byte_us']:.0f} us, first event {of['first_event_us']:.0f} us,"
+        f" first token of the bare controller {of['bare_first_token_us']:.0f} us,"
+        f" added {of['first_byte_added_us']:.0f} us\n"
         f"streams in bursts, {_MANY} at a time: CPU of the process {of['token_cpu_us']:.2f} us a token,"
         f" {of['tokens_rate']:,.0f} tokens/s"
     )

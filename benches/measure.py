@@ -64,6 +64,7 @@ class Outcome:
     cpu_seconds: float = 0.0  # user and system time of this process
     latencies_ns: list[int] = field(default_factory=list)
     first_token_ns: list[int] = field(default_factory=list)
+    first_byte_ns: list[int] = field(default_factory=list)  # of answers over HTTP
     tokens: int = 0
     failures: list[str] = field(default_factory=list)
 

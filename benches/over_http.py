@@ -124,12 +124,15 @@ class _Connection(asyncio.Protocol):
         self._received: list[bytes] = []
         self._body_length: int | None = None  # 0: the body comes in chunks
         self._missing = 0
+        self._first_byte = 0
         self._first = 0
         self._begun = time.perf_counter_ns()
         self._transport.write(self._load.request)
 
     def data_received(self, data: bytes) -> None:
         received = self._received
+        if not received:
+            self._first_byte = time.perf_counter_ns()
         received.append(data)
         if self._body_length is None and not self._read_head():
             return
@@ -162,6 +165,7 @@ class _Connection(asyncio.Protocol):
             self.ended.set_exception(WrongAnswerError(f"no good answer: {answer[-300:]!r}"))
             return
         outcome.latencies_ns.append(time.perf_counter_ns() - self._begun)
+        outcome.first_byte_ns.append(self._first_byte - self._begun)
         if load.stream:
             outcome.first_token_ns.append(self._first - self._begun)
             outcome.tokens += load.tokens

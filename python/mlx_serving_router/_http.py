@@ -21,7 +21,7 @@ from mlx_serving_router import _native
 from mlx_serving_router._errors import ControllerError, ControllerErrorCode
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from starlette.types import Receive
 
@@ -113,8 +113,15 @@ _WATCH_AFTER: Final = 0.005
 """Seconds of work that are not worth a watch of the client."""
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+async def until_disconnect(
+    receive: Receive, work: Coroutine[Any, Any, _T], begins: Callable[[], None] | None = None
+) -> _T:
     """Do the work while the client is there; the body has been read.
+
+    Args:
+        receive: Tells of the client.
+        work: What is done.
+        begins: Called when the watch of the client begins, which it does where the work takes a while.
 
     Raises:
         ClientDisconnect: The client went away; the work has been cancelled, and has ended.
@@ -123,7 +130,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
     assert task is not None  # noqa: S101 coroutines run in tasks
     # Others, a time limit of the application's for one, may cancel the task as well.
     others = task.cancelling()
-    watch = _Watch(receive, task)
+    watch = _Watch(receive, task, begins)
     try:
         return await work
     except asyncio.CancelledError:
@@ -137,8 +144,9 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
 class _Watch:
     """Cancels a task when the client goes away. A watch of what is done in no time would cost as much again."""
 
-    def __init__(self, receive: Receive, task: asyncio.Task[Any]) -> None:
+    def __init__(self, receive: Receive, task: asyncio.Task[Any], begins: Callable[[], None] | None) -> None:
         self.gone = False
+        self._begins = begins
         self._receive = receive
         self._task = task
         self._watching: asyncio.Task[None] | None = None
@@ -149,6 +157,8 @@ class _Watch:
     def _begin(self) -> None:
         self._watching = self._task.get_loop().create_task(_disconnect(self._receive))
         self._watching.add_done_callback(self._leave)
+        if self._begins is not None:
+            self._begins()
 
     def _leave(self, watching: asyncio.Task[None]) -> None:
         if watching is not self._watching or watching.cancelled():

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from mlx_serving_router._native import StreamEncoder, TokenStream
 
 _COMMENT: Final = b": keepalive\n\n"
+_HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    # Proxies that gather responses would hold tokens back.
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
 #: Seconds for the error event of a stream that is cut off.
 _LAST_WORDS: Final = 1.0
 
@@ -39,8 +45,6 @@ class EventStream(Response):
     A client that disconnects ends the stream, and with it the work on the worker. A stream that breaks ends with an
     error event: clients take one that is merely cut for a success.
     """
-
-    media_type = "text/event-stream"
 
     def __init__(
         self,
@@ -75,15 +79,14 @@ class EventStream(Response):
         self._last = 0.0
         self.status_code = 200
         self.background = None
-        # Proxies that gather responses would hold tokens back.
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.raw_headers = [*_HEADERS]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it all."""
-        heart = _Heart(self, send) if self._keepalive != "off" else None
+        heart = None if self._keepalive == "off" else _Heart(self, send)
         try:
             with self._place:
-                refused = await until_disconnect(receive, self._send(send))
+                refused = await until_disconnect(receive, self._send(send), heart.start if heart else None)
         except HttpError as error:
             refused = openai_error(error)
         except asyncio.CancelledError:
@@ -98,9 +101,7 @@ class EventStream(Response):
                 heart.stop()
         if refused is not None:
             # What the route says of every answer, such as the id of its request.
-            for name, value in self.headers.items():
-                if name not in {"content-type", "cache-control", "x-accel-buffering"}:
-                    refused.headers[name] = value
+            refused.raw_headers += [header for header in self.raw_headers if header not in _HEADERS]
             await refused(scope, receive, send)
 
     async def _send(self, send: Send) -> Response | None:
@@ -179,10 +180,14 @@ class _Heart:
     def __init__(self, stream: EventStream, send: Send) -> None:
         self._stream = stream
         self._send = send
-        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
         self._beat: asyncio.Task[None] | None = None
-        stream._last = self._loop.time()  # noqa: SLF001 its own half
-        self._timer = self._loop.call_later(stream.due, self._fire)
+        stream._last = asyncio.get_running_loop().time()  # noqa: SLF001 its own half
+
+    def start(self) -> None:
+        """Beats begin: the first when it is due."""
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(max(0.0, self._stream.due), self._fire)
 
     def _fire(self) -> None:
         due = self._stream.due
@@ -193,6 +198,7 @@ class _Heart:
 
     def stop(self) -> None:
         """No beat begins any more."""
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._beat is not None:
             self._beat.cancel()

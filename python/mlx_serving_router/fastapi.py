@@ -35,8 +35,9 @@ from mlx_serving_router._openapi import document
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 
+    from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
     from mlx_serving_router._native import ClusterConfig
@@ -76,6 +77,8 @@ def create_app(
         redirect_slashes=False,  # another address is another address
     )
     _add_routes(app.router, config)
+    # What is added first is asked last: everything else that an application adds comes before it.
+    app.add_middleware(_PastTheRouter, routes=app.router.routes)
     app.exception_handler(HTTPException)(_no_route)
     origins = config.to_dict()["controller"]["cors"]["allowOrigins"]
     if origins:
@@ -200,9 +203,11 @@ class _Route(APIRoute):
         super().__init__(path, endpoint, **options)
         checks = [given.dependency for given in self.dependencies]
         keyed = [check.keys for check in checks if isinstance(check, _Keyed)]
+        self.is_short = False
         if isinstance(endpoint, Endpoint) and len(keyed) == len(checks):
             # What FastAPI does between a route and its endpoint (solving dependencies, above all) costs more than all
             # of ours; where there are no dependencies but our own, completions go the short way.
+            self.is_short = True
             self.app = self._short_way(endpoint, keyed)
 
     def _short_way(self, endpoint: Endpoint, keyed: list[Keys]) -> ASGIApp:
@@ -258,6 +263,28 @@ class _Route(APIRoute):
             response = self.shape(_no_such(request, error))
             response.headers[_http.REQUEST_ID] = _http.request_id(request)
             await response(scope, receive, send)
+
+
+class _PastTheRouter:
+    """Middleware that hands completions to their routes at once; everything else goes on to the router.
+
+    The way through the router, and what FastAPI wraps around it for the routes of others, takes longer than all that
+    comes between the route and the fleet.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._routes = {route.path: route for route in routes if isinstance(route, _Route) and route.is_short}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            route = self._routes.get(scope["path"])
+            # Below a root the path is another one, and FastAPI's telemetry asks the router for the name of the route.
+            if route is not None and not scope.get("root_path") and "fastapi.telemetry" not in scope:
+                scope["route"], scope["endpoint"] = route, route.endpoint
+                await route.app(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _OpenAIRoute(_Route):

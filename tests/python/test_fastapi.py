@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 
 from mlx_serving_router import ControllerNode, ControllerState
 from mlx_serving_router.fastapi import controller_router, create_app, get_controller
@@ -19,6 +19,8 @@ from serving import LOCAL, PATIENCE, Fleet, serve, tiny
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from starlette.middleware.base import RequestResponseEndpoint
 
 UUID = re.compile(r"[0-9a-f-]{36}")
 
@@ -252,6 +254,31 @@ def test_a_router_lives_beside_other_routes_under_a_prefix() -> None:
         assert refused.json()["error"]["code"] == "REQUEST_VALIDATION_FAILED"
         assert refused.headers["x-request-id"]
     assert fleet.controller.state is ControllerState.STOPPED
+
+
+def test_middleware_of_an_application_is_around_completions_and_reads_their_route(fleet: Fleet) -> None:
+    app = create_app(controller=fleet.controller)
+    seen = []
+
+    @app.middleware("http")
+    async def note(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        seen.append((request.scope["route"].path, response.status_code))
+        return response
+
+    with serve(app) as url, httpx.Client(base_url=url) as client:
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 200
+        client.post("/v1/completions", json={"model": "nobody's", "prompt": "Hello"})
+        client.get("/health")
+    assert seen == [("/v1/chat/completions", 200), ("/v1/completions", 404), ("/health", 200)]
+
+
+def test_completions_below_a_root_are_found_where_the_router_finds_them(fleet: Fleet) -> None:
+    app = create_app(controller=fleet.controller)
+    app.root_path = "/v1"  # what is left of the address is the router's business
+    with serve(app) as url, httpx.Client(base_url=url) as client:
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 404
+        assert client.post("/v1/v1/chat/completions", json=chat()).status_code == 200
 
 
 def test_what_an_applications_own_dependency_refuses_keeps_its_status() -> None:
