@@ -25,6 +25,7 @@ _END_SECONDS = 3.0
 #: The sides, and what runs each: a role of the Rust program, or a Python file and its event loop.
 SIDES: dict[str, tuple[str, ...]] = {
     "raw": ("raw",),
+    "raw-headers": ("raw-headers",),
     "rust": ("controller",),
     "python": ("side_controller.py", "asyncio"),
     "python-uvloop": ("side_controller.py", "uvloop"),

@@ -26,6 +26,7 @@ pub mod openai;
 #[cfg(feature = "python")]
 mod python;
 pub mod routing;
+pub mod signal;
 mod sync;
 pub mod telemetry;
 pub mod transport;

@@ -27,8 +27,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         "worker" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(worker::run(setup)),
         "http-worker" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(http_worker::run(setup)),
         "paced" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(paced::run(setup)),
-        "raw" => tokio::runtime::Runtime::new()?.block_on(raw::run(setup)),
+        "raw" => tokio::runtime::Runtime::new()?.block_on(raw::run(setup, None)),
+        "raw-headers" => tokio::runtime::Runtime::new()?.block_on(raw::run(setup, Some(raw::headers()))),
         "controller" => tokio::runtime::Runtime::new()?.block_on(controller::run(setup)),
-        other => Err(format!("{other:?} is no role: worker, http-worker, paced, raw and controller are").into()),
+        other => Err(format!("{other:?} is no role: worker, http-worker, paced, raw, raw-headers and controller are").into()),
     }
 }

@@ -1,12 +1,13 @@
 //! The bare transport: async-nats with a wildcard inbox of its own.
 //!
-//! The bound for every client: requests that were encoded beforehand, no headers, answers of which one byte is read, and
-//! nothing that decides anything. What it has to do is find the caller of each message.
+//! The bound for every client: requests that were encoded beforehand, answers of which one byte is read, and nothing that
+//! decides anything. What it has to do is find the caller of each message. Headers, which a worker is promised, are sent
+//! where they are asked for, made beforehand, too.
 
 use std::error::Error;
 use std::sync::Arc;
 
-use async_nats::{Client, Subject, Subscriber};
+use async_nats::{Client, HeaderMap, HeaderName, HeaderValue, Subject, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use mlx_serving_router::wire::{WorkerId, subject};
@@ -31,6 +32,7 @@ struct Raw {
     /// By session.
     buffered: Arc<[Bytes]>,
     streaming: Arc<[Bytes]>,
+    headers: Option<HeaderMap>,
     tokens: u64,
 }
 
@@ -46,8 +48,16 @@ struct Entry<'a> {
     replies: mpsc::UnboundedReceiver<Bytes>,
 }
 
-/// Connects and takes rounds.
-pub async fn run(setup: Setup) -> Result<(), Box<dyn Error>> {
+/// The headers of a request, as a controller sends them.
+pub fn headers() -> HeaderMap {
+    [("Request-Id", REQUEST_ID), ("Attempt", "1"), ("Controller-Id", REQUEST_ID), ("Timeout-Ms", "30000")]
+        .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from(value)))
+        .into_iter()
+        .collect()
+}
+
+/// Connects and takes rounds; requests have these headers.
+pub async fn run(setup: Setup, headers: Option<HeaderMap>) -> Result<(), Box<dyn Error>> {
     let client = async_nats::ConnectOptions::new().subscription_capacity(65_536).connect(&setup.url).await?;
     let inbox = Arc::new(Inbox { prefix: format!("{}.", client.new_inbox()), waiting: Mutex::default() });
     let replies = client.subscribe(format!("{}*", inbox.prefix)).await?;
@@ -59,6 +69,7 @@ pub async fn run(setup: Setup) -> Result<(), Box<dyn Error>> {
         inbox,
         buffered: bodies(&setup, false)?,
         streaming: bodies(&setup, true)?,
+        headers,
         tokens: setup.tokens,
     };
     load::serve(raw).await
@@ -95,7 +106,12 @@ impl Raw {
         let reply = format!("{}{slot}", self.inbox.prefix);
         let session = usize::try_from(number % bodies.len() as u64).unwrap_or(0);
         let body = bodies.get(session).cloned().unwrap_or_default();
-        self.client.publish_with_reply(self.subject.clone(), reply, body).await.map_err(|error| error.to_string())?;
+        let subject = self.subject.clone();
+        match self.headers.clone() {
+            None => self.client.publish_with_reply(subject, reply, body).await,
+            Some(headers) => self.client.publish_with_reply_and_headers(subject, reply, headers, body).await,
+        }
+        .map_err(|error| error.to_string())?;
         Ok(entry)
     }
 }

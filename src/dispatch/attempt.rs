@@ -3,17 +3,19 @@
 //! It promises tokens in order and without gaps, exactly one end, and that a worker that can be told to stop is told so
 //! whenever the attempt ends before the worker's answer does, be it by being dropped. It knows nothing of other attempts.
 
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep};
-use tokio_util::sync::CancellationToken;
 
 use super::limits::{Limit, Timers};
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::routing::{Lease, Outcome};
+use crate::signal::{Listener, Signal};
 use crate::transport::{Delivery, Mailbox, Outgoing, Transport};
 use crate::wire::{Finish, Json, Reply, Token, WorkerId};
 
@@ -33,8 +35,8 @@ pub(super) struct Attempt {
     sleep: Pin<Box<Sleep>>,
     /// What the sleep was set to last; never later than the limit that passes next.
     armed: Instant,
-    gone: CancellationToken,
-    cut: CancellationToken,
+    gone: Listener,
+    cut: Listener,
     accepted: bool,
     /// Our own connection was lost while it ran.
     disturbed: bool,
@@ -48,6 +50,16 @@ enum Stage {
     Unsent,
     Running(Mailbox),
     Over,
+}
+
+/// What happens to an attempt that runs.
+enum Event {
+    Delivered(Option<Delivery>),
+    /// The worker is gone.
+    Gone,
+    /// The controller stops.
+    Cut,
+    Passed(Limit),
 }
 
 /// What an attempt has to tell.
@@ -76,10 +88,10 @@ impl Attempt {
         lease: Lease,
         outgoing: Outgoing,
         timers: Timers,
-        cut: CancellationToken,
+        cut: &Signal,
         now: Instant,
     ) -> Self {
-        let gone = lease.gone().clone();
+        let gone = lease.gone().listen();
         let (at, _) = timers.next();
         Self {
             transport,
@@ -92,7 +104,7 @@ impl Attempt {
             sleep: Box::pin(tokio::time::sleep_until(at)),
             armed: at,
             gone,
-            cut,
+            cut: cut.listen(),
             accepted: false,
             disturbed: false,
             expected: 0,
@@ -124,61 +136,74 @@ impl Attempt {
     /// The next thing that it has to tell. Cancel-safe. After an end or an error it is not called again.
     pub(super) async fn next(&mut self) -> Result<Step, ControllerError> {
         loop {
-            self.latest = Instant::now();
-            if let Some(step) = self.try_next(self.latest)? {
-                return Ok(step);
-            }
-            self.look_for_the_model();
-            let (at, limit) = self.timers.next();
-            let looks = self.timers.is_loading() && matches!(self.stage, Stage::Running(_));
-            let look = looks.then(|| self.latest + LOOK_AGAIN).filter(|look| *look < at);
-            let at = look.unwrap_or(at);
-            // One that is set to an earlier time is left alone: tokens move the limit further with each of them.
-            if at < self.armed || self.sleep.is_elapsed() {
-                self.sleep.as_mut().reset(at);
-                self.armed = at;
-            }
-            match &mut self.stage {
-                Stage::Unsent => {
-                    let send: BoxFuture<'_, _> = self.transport.send(&self.outgoing);
-                    let sent = tokio::select! {
-                        biased;
-                        sent = send => sent,
-                        () = self.cut.cancelled() => Err(cut_off()),
-                        () = &mut self.sleep => Err(self.timers.passed(limit)),
-                    };
-                    match sent {
-                        Ok(mailbox) => self.stage = Stage::Running(mailbox),
-                        Err(error) => return Err(self.failed(error)),
-                    }
-                }
-                Stage::Running(mailbox) => {
-                    let delivery = tokio::select! {
-                        biased;
-                        delivery = mailbox.recv() => delivery,
-                        () = self.gone.cancelled() => {
-                            let error = self.offline();
-                            return Err(self.failed(error));
+            match &self.stage {
+                Stage::Unsent => self.send().await?,
+                Stage::Running(_) => match poll_fn(|context| self.poll_event(context)).await {
+                    Event::Delivered(delivery) => {
+                        self.latest = Instant::now();
+                        if let Some(step) = self.take(delivery, self.latest)? {
+                            return Ok(step);
                         }
-                        () = self.cut.cancelled() => return Err(self.failed(cut_off())),
-                        () = &mut self.sleep => {
-                            self.look_for_the_model();
-                            self.look_for_loading();
-                            if look.is_some() || self.timers.next().0 > Instant::now() {
-                                continue;
-                            }
-                            let error = self.timers.passed(limit);
-                            return Err(self.failed(error));
-                        }
-                    };
-                    self.latest = Instant::now();
-                    if let Some(step) = self.take(delivery, self.latest)? {
-                        return Ok(step);
                     }
-                }
+                    Event::Gone => return Err(self.failed(offline())),
+                    Event::Cut => return Err(self.failed(cut_off())),
+                    Event::Passed(limit) => return Err(self.failed(self.timers.passed(limit))),
+                },
                 Stage::Over => return Err(self.failed(defect("an attempt was asked after its end"))),
             }
         }
+    }
+
+    async fn send(&mut self) -> Result<(), ControllerError> {
+        let limit = self.set_sleep(None);
+        let send: BoxFuture<'_, _> = self.transport.send(&self.outgoing);
+        let sent = tokio::select! {
+            biased;
+            sent = send => sent,
+            () = self.cut.fired() => Err(cut_off()),
+            () = &mut self.sleep => Err(self.timers.passed(limit)),
+        };
+        self.stage = Stage::Running(sent.map_err(|error| self.failed(error))?);
+        Ok(())
+    }
+
+    /// What happens first to an attempt that runs; what is there already comes before all else.
+    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Event> {
+        if let Stage::Running(mailbox) = &mut self.stage
+            && let Poll::Ready(delivery) = mailbox.poll_recv(context)
+        {
+            return Poll::Ready(Event::Delivered(delivery));
+        }
+        if self.gone.poll_fired(context).is_ready() {
+            return Poll::Ready(Event::Gone);
+        }
+        if self.cut.poll_fired(context).is_ready() {
+            return Poll::Ready(Event::Cut);
+        }
+        loop {
+            self.look_for_the_model();
+            let look = self.timers.is_loading().then(|| Instant::now() + LOOK_AGAIN);
+            self.set_sleep(look);
+            ready!(self.sleep.as_mut().poll(context));
+            self.look_for_the_model();
+            self.look_for_loading();
+            let (at, limit) = self.timers.next();
+            if at <= Instant::now() {
+                return Poll::Ready(Event::Passed(limit));
+            }
+        }
+    }
+
+    /// Sets the sleep to the limit that passes next, or to an earlier time, and says which limit that is.
+    fn set_sleep(&mut self, earlier: Option<Instant>) -> Limit {
+        let (at, limit) = self.timers.next();
+        let at = earlier.map_or(at, |earlier| earlier.min(at));
+        // One that is set to an earlier time is left alone: tokens move the limit further with each of them.
+        if at < self.armed || self.sleep.is_elapsed() {
+            self.sleep.as_mut().reset(at);
+            self.armed = at;
+        }
+        limit
     }
 
     /// Notes when the worker has loaded the model.
@@ -317,13 +342,6 @@ impl Attempt {
         }
     }
 
-    fn offline(&self) -> ControllerError {
-        ControllerError::new(
-            ControllerErrorCode::WorkerOffline,
-            "the worker is gone: silent for too long, or replaced by a new start",
-        )
-    }
-
     /// The error with what is known here.
     fn failed(&self, error: ControllerError) -> ControllerError {
         error.or_with("workerId", &self.outgoing.worker)
@@ -365,6 +383,13 @@ fn protocol_error(what: &str) -> ControllerError {
 fn unread() -> ControllerError {
     ControllerError::new(ControllerErrorCode::StreamInterrupted, "the answer came faster than it was read for too long")
         .with("limit", "reader")
+}
+
+fn offline() -> ControllerError {
+    ControllerError::new(
+        ControllerErrorCode::WorkerOffline,
+        "the worker is gone: silent for too long, or replaced by a new start",
+    )
 }
 
 fn cut_off() -> ControllerError {

@@ -209,7 +209,7 @@ impl Call {
             tokio::select! {
                 biased;
                 () = tokio::time::sleep(delay) => {}
-                () = self.core.cut.cancelled() => {
+                () = self.core.cut.fired() => {
                     let error = self.after_last(not_ready(self.core.state()));
                     return Err(self.give_up(error));
                 }
@@ -339,7 +339,7 @@ impl Call {
                 tokio::select! {
                     biased;
                     turn = waiting.turn() => turn?,
-                    () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
+                    () = self.core.cut.fired() => return Err(not_ready(self.core.state())),
                 }
             } else {
                 // Whoever waits for a worker to be asked again waits for no place.
@@ -414,7 +414,7 @@ impl Call {
         tokio::select! {
             biased;
             () = tokio::time::sleep_until(soonest) => {}
-            () = self.core.cut.cancelled() => return Err(not_ready(self.core.state())),
+            () = self.core.cut.fired() => return Err(not_ready(self.core.state())),
         }
         self.failed.retain(|failed| !forgivable(failed) || failed.hold.is_some_and(|hold| hold > soonest));
         Ok(true)
@@ -454,7 +454,7 @@ impl Call {
             older: lease.is_legacy(),
         };
         let transport = self.core.transport(lease.carrier());
-        Attempt::new(transport, lease, outgoing, timers, self.core.cut.clone(), now)
+        Attempt::new(transport, lease, outgoing, timers, &self.core.cut, now)
     }
 
     /// Gives back what the attempt held, and notes what it met.

@@ -4,10 +4,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use crate::signal::Signal;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use super::admission::Admission;
 use super::controller::ControllerState;
@@ -43,7 +43,7 @@ pub(super) struct Core {
     pub(super) http: Arc<HttpTransport>,
     pub(super) state: watch::Sender<ControllerState>,
     /// Fires when running requests are cut off.
-    pub(super) cut: CancellationToken,
+    pub(super) cut: Signal,
     /// Notified whenever a request ends.
     pub(super) ended: Notify,
     rng: Mutex<fastrand::Rng>,
@@ -84,7 +84,7 @@ impl Core {
             nats: OnceLock::new(),
             http: Arc::new(HttpTransport::new(&config.workers.r#static, accept)?),
             state: watch::Sender::new(ControllerState::Idle),
-            cut: CancellationToken::new(),
+            cut: Signal::new(),
             ended: Notify::new(),
             rng: Mutex::new(rng),
             late_told: AtomicU64::new(0),

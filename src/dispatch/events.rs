@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use crate::signal::Signal;
 use serde_json::{Map, Value, json};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
-use tokio_util::sync::CancellationToken;
 
 use crate::error::epoch_ms;
 use crate::routing::RouterEvent;
@@ -35,7 +35,7 @@ pub struct Event {
 pub struct Events {
     receiver: broadcast::Receiver<Event>,
     metrics: Arc<Metrics>,
-    over: CancellationToken,
+    over: Signal,
 }
 
 /// Where events are told.
@@ -43,7 +43,7 @@ pub struct Events {
 pub(super) struct Teller {
     sender: broadcast::Sender<Event>,
     metrics: Arc<Metrics>,
-    over: CancellationToken,
+    over: Signal,
 }
 
 // === impl Events ===
@@ -56,7 +56,7 @@ impl Events {
             let received = tokio::select! {
                 biased;
                 received = self.receiver.recv() => received,
-                () = self.over.cancelled() => return None,
+                () = self.over.fired() => return None,
             };
             match received {
                 Ok(event) => return Some(Event { lost, ..event }),
@@ -74,7 +74,7 @@ impl Events {
 
 impl Teller {
     pub(super) fn new(metrics: Arc<Metrics>) -> Self {
-        Self { sender: broadcast::Sender::new(CAPACITY), metrics, over: CancellationToken::new() }
+        Self { sender: broadcast::Sender::new(CAPACITY), metrics, over: Signal::new() }
     }
 
     pub(super) fn reader(&self) -> Events {
@@ -83,7 +83,7 @@ impl Teller {
 
     /// Readers get what is there, and then the end.
     pub(super) fn close(&self) {
-        self.over.cancel();
+        self.over.fire();
     }
 
     /// Another worker answered than the one that was asked first.

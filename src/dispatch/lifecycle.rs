@@ -84,7 +84,7 @@ impl Lifecycle {
         // Late, or not at all: what is left is cut off.
         let _ = tokio::time::timeout(drain_timeout, self.idle()).await;
         self.core.advance(ControllerState::Stopping);
-        self.core.cut.cancel();
+        self.core.cut.fire();
         let _ = tokio::time::timeout(CUT_OFF_LIMIT, self.idle()).await;
         let _starting = self.starting.lock().await;
         let Running { tasks, connection } = std::mem::take(&mut *self.running.lock());
@@ -102,7 +102,7 @@ impl Lifecycle {
     /// Stops at once, without waiting for anybody.
     pub(super) fn abandon(&self) {
         self.core.advance(ControllerState::Stopped);
-        self.core.cut.cancel();
+        self.core.cut.fire();
         let connection = std::mem::take(&mut *self.running.lock()).connection;
         // The inbox holds the connection too. Outside of a runtime, everything that could use it has gone already.
         if let (Some(connection), Ok(runtime)) = (connection, tokio::runtime::Handle::try_current()) {

@@ -10,14 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use parking_lot::Mutex;
-use pyo3::conversion::IntoPyObjectExt;
+use parking_lot::{Mutex, MutexGuard};
 use pyo3::exceptions::{PyRuntimeError, PyStopAsyncIteration, PyStopIteration};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use pyo3::{PyTraverseError, PyVisit};
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 use super::answer::{PyInferenceResponse, PyTokenEvent};
 use super::event_loop::Waiter;
@@ -25,6 +23,7 @@ use super::runtime::{self, OfProcess};
 use super::{bridge, errors};
 use crate::dispatch::{Answer, TokenStream};
 use crate::error::{ControllerError, ControllerErrorCode};
+use crate::signal::Signal;
 use crate::wire::{Token, WorkerId};
 
 /// Events that wait for Python at most.
@@ -35,14 +34,14 @@ pub(super) struct Channel {
     request_id: String,
     model_id: String,
     queue: Mutex<Queue>,
-    /// Something can be taken.
+    /// Something can be taken, for a thread that waits.
     readable: Notify,
-    /// Something was taken.
+    /// There is room again.
     taken: Notify,
     /// Nobody reads any more.
-    closed: CancellationToken,
+    closed: Signal,
     /// The core's stream is gone.
-    ended: CancellationToken,
+    ended: Signal,
 }
 
 struct Queue {
@@ -50,6 +49,8 @@ struct Queue {
     end: Option<End>,
     worker_id: WorkerId,
     waiter: Option<Arc<Waiter>>,
+    /// A thread waits.
+    blocks: bool,
 }
 
 #[derive(Clone)]
@@ -60,6 +61,7 @@ enum End {
 }
 
 enum Taken {
+    Token(Token),
     Tokens(Vec<Token>),
     End(End),
     Nothing,
@@ -101,19 +103,19 @@ impl Reader {
             Some(Ok(true)) | None => None,
         };
         let over = end.is_some();
-        let queue = Queue { tokens: tokens.into(), end, worker_id: stream.worker_id().clone(), waiter: None };
+        let queue = Queue { tokens: tokens.into(), end, worker_id: stream.worker_id().clone(), waiter: None, blocks: false };
         let channel = Arc::new(Channel {
             request_id: stream.request_id().to_owned(),
             model_id: stream.model_id().to_owned(),
             queue: Mutex::new(queue),
             readable: Notify::new(),
             taken: Notify::new(),
-            closed: CancellationToken::new(),
-            ended: CancellationToken::new(),
+            closed: Signal::new(),
+            ended: Signal::new(),
         });
         if over {
             drop(stream);
-            channel.ended.cancel();
+            channel.ended.fire();
         } else {
             tokio::spawn(pull(Arc::clone(&channel), stream, idle));
         }
@@ -158,11 +160,12 @@ impl Drop for Reader {
 
 async fn pull(channel: Arc<Channel>, mut stream: TokenStream, idle: Duration) {
     let mut tokens = Vec::new();
+    let mut closed = channel.closed.listen();
     let end = loop {
         if !channel.has_room() {
             tokio::select! {
                 biased;
-                () = channel.closed.cancelled() => break End::Closed,
+                () = closed.fired() => break End::Closed,
                 room = tokio::time::timeout(idle, channel.room()) => if room.is_err() {
                     stream.abandon(unread(idle));
                 },
@@ -171,7 +174,7 @@ async fn pull(channel: Arc<Channel>, mut stream: TokenStream, idle: Duration) {
         let more = tokio::select! {
             biased;
             more = stream.next_into(&mut tokens) => more,
-            () = channel.closed.cancelled() => break End::Closed,
+            () = closed.fired() => break End::Closed,
         };
         match more {
             Ok(true) if channel.put(&mut tokens, stream.worker_id()) => {}
@@ -216,64 +219,67 @@ impl Channel {
 
     /// False: nobody reads any more.
     fn put(&self, batch: &mut Vec<Token>, worker: &WorkerId) -> bool {
-        let waiter = {
-            let mut queue = self.queue.lock();
-            if queue.end.is_some() {
-                return false;
-            }
-            queue.tokens.extend(batch.drain(..));
-            if queue.worker_id != *worker {
-                queue.worker_id = worker.clone();
-            }
-            queue.waiter.take()
-        };
-        self.tell(waiter);
+        let mut queue = self.queue.lock();
+        if queue.end.is_some() {
+            return false;
+        }
+        queue.tokens.extend(batch.drain(..));
+        if queue.worker_id != *worker {
+            queue.worker_id = worker.clone();
+        }
+        self.tell(queue);
         true
     }
 
     fn end(&self, end: End) {
-        let waiter = {
-            let mut queue = self.queue.lock();
-            queue.end.get_or_insert(end);
-            queue.waiter.take()
-        };
-        self.ended.cancel();
-        self.tell(waiter);
+        self.queue.lock().end.get_or_insert(end);
+        self.ended.fire();
+        self.tell(self.queue.lock());
     }
 
-    fn tell(&self, waiter: Option<Arc<Waiter>>) {
+    /// Wakes whoever waits.
+    fn tell(&self, mut queue: MutexGuard<'_, Queue>) {
+        let (waiter, blocks) = (queue.waiter.take(), std::mem::take(&mut queue.blocks));
+        drop(queue);
         if let Some(waiter) = waiter {
             waiter.wake();
         }
-        self.readable.notify_waiters();
+        if blocks {
+            self.readable.notify_waiters();
+        }
     }
 
     /// Nobody reads any more. What was there is gone, unless the stream was complete.
     fn close(&self) {
-        self.closed.cancel();
-        let waiter = {
-            let mut queue = self.queue.lock();
-            queue.tokens.clear();
-            queue.end.get_or_insert(End::Closed);
-            queue.waiter.take()
-        };
-        self.tell(waiter);
+        self.closed.fire();
+        let mut queue = self.queue.lock();
+        queue.tokens.clear();
+        queue.end.get_or_insert(End::Closed);
+        self.tell(queue);
     }
 
     fn take(&self, batch: bool) -> Taken {
         let mut queue = self.queue.lock();
-        let tokens: Vec<Token> =
-            if batch { queue.tokens.drain(..).collect() } else { queue.tokens.pop_front().into_iter().collect() };
-        let end = queue.end.clone();
+        let was_full = queue.tokens.len() >= CAPACITY;
+        let taken = if batch && !queue.tokens.is_empty() {
+            Taken::Tokens(queue.tokens.drain(..).collect())
+        } else if let Some(token) = queue.tokens.pop_front() {
+            Taken::Token(token)
+        } else {
+            queue.end.clone().map_or(Taken::Nothing, Taken::End)
+        };
         drop(queue);
-        match end {
-            _ if !tokens.is_empty() => {
-                self.taken.notify_one();
-                Taken::Tokens(tokens)
-            }
-            Some(end) => Taken::End(end),
-            None => Taken::Nothing,
+        if was_full {
+            self.taken.notify_one();
         }
+        taken
+    }
+
+    /// Whether there is something to wait for; whoever puts something in knows of it then.
+    fn block(&self) -> bool {
+        let mut queue = self.queue.lock();
+        queue.blocks = queue.tokens.is_empty() && queue.end.is_none();
+        queue.blocks
     }
 
     /// Waits until something can be taken, and takes it.
@@ -283,7 +289,8 @@ impl Channel {
             tokio::pin!(readable);
             readable.as_mut().enable();
             match self.take(false) {
-                Taken::Nothing => readable.await,
+                Taken::Nothing if self.block() => readable.await,
+                Taken::Nothing => {}
                 taken => return taken,
             }
         }
@@ -310,10 +317,10 @@ impl PyTokenStream {
     fn aclose<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let channel = Arc::clone(self.0.channel()?);
         channel.close();
-        if channel.ended.is_cancelled() {
+        if channel.ended.has_fired() {
             return bridge::ready(py, py.None());
         }
-        bridge::awaitable_with(py, async move { channel.ended.cancelled().await }, |py, ()| Ok(py.None()))
+        bridge::awaitable_with(py, async move { channel.ended.fired().await }, |py, ()| Ok(py.None()))
     }
 
     fn __aenter__<'py>(slf: Bound<'py, Self>, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
@@ -388,9 +395,9 @@ impl BlockingTokenStream {
             taken => taken,
         };
         match taken {
-            Taken::Tokens(tokens) => Ok(tokens.into_iter().next().map(PyTokenEvent)),
+            Taken::Token(token) => Ok(Some(PyTokenEvent(token))),
             Taken::End(End::Failed(error)) => Err(errors::raise(py, &error)),
-            Taken::End(_) | Taken::Nothing => Ok(None),
+            Taken::End(_) | Taken::Tokens(_) | Taken::Nothing => Ok(None),
         }
     }
 
@@ -399,7 +406,7 @@ impl BlockingTokenStream {
         let channel = self.0.channel()?;
         channel.close();
         let ended = channel.ended.clone();
-        bridge::block_on_any(py, async move { ended.cancelled().await })
+        bridge::block_on_any(py, async move { ended.fired().await })
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -480,7 +487,8 @@ impl Next {
         let channel = self.channel.get()?;
         loop {
             match channel.take(self.batch) {
-                Taken::Tokens(tokens) => return Err(PyStopIteration::new_err((self.value(py, tokens)?,))),
+                Taken::Token(token) => return Err(PyStopIteration::new_err((PyTokenEvent(token),))),
+                Taken::Tokens(tokens) => return Err(PyStopIteration::new_err((events(py, tokens)?,))),
                 Taken::End(End::Failed(error)) => return Err(errors::raise(py, &error)),
                 Taken::End(_) => return Err(PyStopAsyncIteration::new_err(())),
                 Taken::Nothing => {}
@@ -532,15 +540,10 @@ impl Next {
     fn new(channel: &Arc<Channel>, batch: bool) -> PyResult<Self> {
         Ok(Self { channel: OfProcess::new("stream", Arc::clone(channel)), batch, waiter: Mutex::new(None) })
     }
+}
 
-    fn value(&self, py: Python<'_>, tokens: Vec<Token>) -> PyResult<Py<PyAny>> {
-        let mut events = tokens.into_iter().map(PyTokenEvent);
-        if self.batch {
-            let list = PyList::empty(py);
-            events.try_for_each(|event| list.append(event.into_py_any(py)?))?;
-            Ok(list.into_any().unbind())
-        } else {
-            events.next().map_or_else(|| Ok(py.None()), |event| event.into_py_any(py))
-        }
-    }
+fn events(py: Python<'_>, tokens: Vec<Token>) -> PyResult<Py<PyList>> {
+    let list = PyList::empty(py);
+    tokens.into_iter().try_for_each(|token| list.append(PyTokenEvent(token)))?;
+    Ok(list.unbind())
 }

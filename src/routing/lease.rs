@@ -6,8 +6,8 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use crate::signal::Signal;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use super::breaker::{CircuitState, Permit, Verdict};
 use super::selection::{LeftOut, Query};
@@ -49,7 +49,7 @@ pub struct Lease {
     worker: Arc<Worker>,
     presence: u64,
     /// That of the presence, once somebody asked for it.
-    gone: OnceLock<CancellationToken>,
+    gone: OnceLock<Signal>,
     choice: Choice,
     since: Instant,
     progress: Mutex<Progress>,
@@ -143,7 +143,7 @@ impl Lease {
 
     /// Fires when the worker goes offline, is removed, or is replaced; deregistering does not fire it.
     #[must_use]
-    pub fn gone(&self) -> &CancellationToken {
+    pub fn gone(&self) -> &Signal {
         self.gone.get_or_init(|| self.worker.gone(self.presence))
     }
 

@@ -379,7 +379,7 @@ fn a_lease_on_a_worker_that_is_removed_hears_of_it() {
             assert_eq!(asked.select().unwrap_err(), Refusal::NoWorkers, "whoever comes after that finds nobody");
             None
         });
-        assert!(leases.iter().flatten().all(|lease| lease.gone().is_cancelled()));
+        assert!(leases.iter().flatten().all(|lease| lease.gone().has_fired()));
         drop(leases);
         assert_eq!(world.router.online(), 0);
     });
@@ -398,7 +398,7 @@ fn a_lease_belongs_to_one_life_of_a_worker() {
             None
         });
         let (new, old): (Vec<_>, Vec<_>) = leases.into_iter().flatten().partition(|lease| lease.incarnation() == "2");
-        assert!(old.iter().all(|lease| lease.gone().is_cancelled()) && !new.iter().any(|lease| lease.gone().is_cancelled()));
+        assert!(old.iter().all(|lease| lease.gone().has_fired()) && !new.iter().any(|lease| lease.gone().has_fired()));
         assert!(new.len() <= 1 && old.len() <= 1);
         assert_eq!(world.in_flight() as usize, new.len());
         drop(old);
@@ -452,7 +452,7 @@ fn a_worker_that_deregisters_gets_nothing_new_and_keeps_what_it_has() {
             assert_eq!(asked.select().unwrap_err(), Refusal::NoWorkers);
             None
         });
-        assert!(!leases.iter().flatten().any(|lease| lease.gone().is_cancelled()));
+        assert!(!leases.iter().flatten().any(|lease| lease.gone().has_fired()));
         assert_eq!(world.in_flight() as usize, leases.iter().flatten().count());
         world.router.expire(world.now);
         assert_eq!(world.router.snapshot(world.now).is_empty(), leases.iter().flatten().next().is_none());

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::signal::Signal;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use super::event::RouterEvent;
 use super::history::{Departed, History};
@@ -58,7 +58,7 @@ pub enum HeartbeatVerdict {
 pub(super) struct Effects {
     pub(super) events: Vec<RouterEvent>,
     /// Presences that are over.
-    pub(super) gone: Vec<CancellationToken>,
+    pub(super) gone: Vec<Signal>,
     /// Requests that wait may find room, or that nobody is left to wait for.
     pub(super) look_again: bool,
 }
@@ -362,7 +362,7 @@ impl Registry {
         };
         let finishing = {
             let live = old.live();
-            let is_lost = live.offline.is_some() && !live.gone.is_cancelled();
+            let is_lost = live.offline.is_some() && !live.gone.has_fired();
             (live.deregistered.is_some() || is_lost) && old.load.own() > 0
         };
         if finishing {

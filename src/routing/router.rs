@@ -231,7 +231,7 @@ impl Router {
             result
         };
         for gone in effects.gone {
-            gone.cancel();
+            gone.fire();
         }
         for event in effects.events {
             (self.hub.observer)(event);

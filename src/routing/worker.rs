@@ -4,8 +4,8 @@
 
 use std::sync::Arc;
 
+use crate::signal::Signal;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use super::breaker::Breaker;
 use super::hub::Hub;
@@ -116,7 +116,7 @@ pub(super) struct Live {
     /// Grows when it comes back after it had been offline.
     presence: u64,
     /// Fires when this presence is over.
-    pub(super) gone: CancellationToken,
+    pub(super) gone: Signal,
 }
 
 // === impl Worker ===
@@ -147,7 +147,7 @@ impl Worker {
             replaced: false,
             succeeded: false,
             presence: 0,
-            gone: CancellationToken::new(),
+            gone: Signal::new(),
         };
         live.describe(registration);
         let id = registration.worker_id.clone();
@@ -230,13 +230,13 @@ impl Worker {
     }
 
     /// Fires when a presence is over.
-    pub(super) fn gone(&self, presence: u64) -> CancellationToken {
+    pub(super) fn gone(&self, presence: u64) -> Signal {
         let live = self.live.lock();
         if live.presence == presence {
             return live.gone.clone();
         }
-        let over = CancellationToken::new();
-        over.cancel();
+        let over = Signal::new();
+        over.fire();
         over
     }
 
@@ -333,7 +333,7 @@ impl Live {
         self.held = self.held.filter(|until| now < *until);
         if self.offline.take().is_some() {
             self.presence += 1;
-            self.gone = CancellationToken::new();
+            self.gone = Signal::new();
         }
     }
 

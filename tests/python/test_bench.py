@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SIDES = ["raw", "rust", "python", "python-uvloop", "nats-py", "nats-py-uvloop"]
+_SIDES = ["raw", "raw-headers", "rust", "python", "python-uvloop", "nats-py", "nats-py-uvloop"]
 _CELLS = ["buffered-1", "buffered-64", "streaming-1", "streaming-64"]
 _RATIOS = {"requests_per_second", "latency_p50_us", "latency_p99_us", "cpu_us_per_request"}
 
@@ -235,6 +235,7 @@ def test_every_side_does_every_kind_of_work(peers: Path, tmp_path: Path) -> None
         ratios = {side: list(summary["ratios"]) for side, summary in cell["summary"].items()}
         assert ratios == {
             "raw": ["nats-py"],
+            "raw-headers": ["raw", "nats-py"],
             "rust": ["raw", "nats-py"],
             "python": ["raw", "nats-py"],
             "python-uvloop": ["raw", "nats-py-uvloop"],

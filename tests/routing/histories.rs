@@ -129,8 +129,8 @@ impl Run {
             Event::End(index, outcome) if !self.leases.is_empty() => {
                 let lease = self.leases.swap_remove(index.index(self.leases.len()));
                 let worker = world.router.worker(lease.worker_id(), world.now);
-                let present = !lease.gone().is_cancelled()
-                    && worker.as_ref().is_some_and(|worker| worker.incarnation == lease.incarnation());
+                let present =
+                    !lease.gone().has_fired() && worker.as_ref().is_some_and(|worker| worker.incarnation == lease.incarnation());
                 let id = lease.worker_id().clone();
                 if lease.end(outcome, world.now) && present {
                     prop_assert_eq!(world.worker(&id).breaker, CircuitState::Open);
@@ -166,7 +166,7 @@ impl Run {
                 prop_assert!(worker.breaker != CircuitState::ForcedOpen);
                 // One that the rate has opened is a candidate where most of a model's workers are kept out.
                 prop_assert!(worker.breaker != CircuitState::Open || 2 * kept_out(&serving) > serving.len());
-                prop_assert!(!lease.gone().is_cancelled());
+                prop_assert!(!lease.gone().has_fired());
                 match query.worker_id {
                     Some(named) => prop_assert_eq!((lease.choice(), lease.worker_id().as_str()), (Choice::Named, named)),
                     None => prop_assert!(!query.exclude.contains(lease.worker_id())),

@@ -29,16 +29,16 @@ fn a_silent_worker_goes_offline_and_comes_back() {
     let lease = world.select().unwrap();
     world.pass(14_999);
     world.router.expire(world.now);
-    assert!(!lease.gone().is_cancelled());
+    assert!(!lease.gone().has_fired());
     world.pass(1);
     world.router.expire(world.now);
-    assert!(lease.gone().is_cancelled());
+    assert!(lease.gone().has_fired());
     assert_eq!((world.worker("w0").status, world.router.online(), *watch.borrow()), (WorkerStatus::Offline, 0, 0));
     assert_eq!(world.select().unwrap_err(), Refusal::NoWorkers);
     lease.end(Outcome::Ignored, world.now);
     assert_eq!(world.beat(&heartbeat("w0", "1", 1)), HeartbeatVerdict::Taken);
     let again = world.select().unwrap();
-    assert!(!again.gone().is_cancelled());
+    assert!(!again.gone().has_fired());
     assert_eq!(*watch.borrow(), 1);
     let kinds: Vec<_> = world.take_events().into_iter().map(|event| std::mem::discriminant(&event)).collect();
     assert_eq!((kinds.len(), kinds[0] == kinds[2], kinds[0] == kinds[1]), (3, true, false));
@@ -94,7 +94,7 @@ fn case_32_the_new_incarnation_wins_and_the_old_one_is_not_heard() {
     let lease = world.select().unwrap();
     world.finish("w0", super::FAILURE, 5);
     assert_eq!(world.register(&registration("w0", "2", &["m"], 0)), Registered::Replaced);
-    assert!(lease.gone().is_cancelled());
+    assert!(lease.gone().has_fired());
     assert_eq!(world.worker("w0").in_flight, 0);
     lease.end(super::FAILURE, world.now);
     assert_eq!((world.stats("w0").failure_count, world.worker("w0").in_flight), (0, 0));
@@ -171,7 +171,7 @@ fn cases_35_and_36_a_deregistered_worker_finishes_what_it_has() {
     world.beat(&heartbeat("w1", "1", 1));
     world.router.expire(world.now);
     for lease in running {
-        assert!(!lease.gone().is_cancelled());
+        assert!(!lease.gone().has_fired());
         lease.end(Outcome::Success, world.now);
     }
     world.router.expire(world.now);
@@ -190,11 +190,11 @@ fn a_deregistered_worker_that_was_replaced_finishes_too_but_not_for_ever() {
     let running = world.select().unwrap();
     world.router.deregister(&id("w0"), world.now);
     assert_eq!(world.register(&registration("w0", "2", &["m"], 0)), Registered::Replaced);
-    assert!(!running.gone().is_cancelled());
+    assert!(!running.gone().has_fired());
     assert_eq!(world.select().unwrap().incarnation(), "2");
     world.pass(60_000);
     world.router.expire(world.now);
-    assert!(running.gone().is_cancelled());
+    assert!(running.gone().has_fired());
 }
 
 #[test]
@@ -206,7 +206,7 @@ fn an_operator_drains_one_life_of_a_worker() {
     assert_eq!(world.beat(&heartbeat("w0", "1", 1)), HeartbeatVerdict::Taken);
     assert_eq!(world.register(&registration("w0", "1", &["m"], 0)), Registered::Renewed);
     assert_eq!(world.worker("w0").status, WorkerStatus::Draining);
-    assert!(!running.gone().is_cancelled());
+    assert!(!running.gone().has_fired());
     world.register(&registration("w0", "2", &["m"], 0));
     assert!(world.select().is_ok());
 }
@@ -230,14 +230,14 @@ fn while_our_own_connection_is_down_nobody_goes_offline() {
     world.router.expire(world.now);
     world.router.thaw(world.now);
     world.router.expire(world.now);
-    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (3, false));
+    assert_eq!((world.router.online(), lease.gone().has_fired()), (3, false));
     assert!((0..4).all(|_| world.select().unwrap().worker_id().as_str() == "local"));
     assert_eq!(world.named("w0").unwrap_err(), Refusal::Full);
     world.beat(&heartbeat("w0", "1", 1));
     assert!(world.named("w0").is_ok());
     world.pass(15_000);
     world.router.expire(world.now);
-    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, true), "those who stay silent go");
+    assert_eq!((world.router.online(), lease.gone().has_fired()), (1, true), "those who stay silent go");
 }
 
 #[test]
@@ -248,7 +248,7 @@ fn a_worker_that_is_looked_at_does_not_depend_on_our_connection() {
     world.router.freeze(world.now);
     world.pass(15_000);
     world.router.expire(world.now);
-    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, true), "silence says something of it alone");
+    assert_eq!((world.router.online(), lease.gone().has_fired()), (1, true), "silence says something of it alone");
     assert_eq!(world.router.register(&registration("http", "2", &["m"], 0), Carrier::Http, world.now), Registered::Replaced);
     world.router.thaw(world.now);
     assert_eq!(world.select().unwrap().worker_id().as_str(), "http", "it need not be heard from again");
@@ -262,19 +262,19 @@ fn a_life_that_seems_to_be_over_gets_nothing_new_and_may_finish_until_it_is_sile
     world.take_events();
     world.router.lost(&id("w"), "0", world.now);
     world.router.lost(&id("x"), "1", world.now);
-    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, false));
+    assert_eq!((world.router.online(), lease.gone().has_fired()), (1, false));
     for _ in 0..2 {
         world.router.lost(&id("w"), "1", world.now);
     }
     assert!(world.select().is_err());
-    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (0, false));
+    assert_eq!((world.router.online(), lease.gone().has_fired()), (0, false));
     assert_eq!(world.take_events(), [RouterEvent::WorkerOffline { worker_id: id("w") }]);
     world.pass(14_999);
     world.router.expire(world.now);
-    assert!(!lease.gone().is_cancelled());
+    assert!(!lease.gone().has_fired());
     world.pass(1);
     world.router.expire(world.now);
-    assert!(lease.gone().is_cancelled());
+    assert!(lease.gone().has_fired());
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn what_a_life_had_that_seemed_to_be_over_may_finish_beside_the_next_one() {
     world.router.lost(&id("w"), "1", world.now);
     assert_eq!(register(&world, "2"), Registered::Replaced);
     world.router.expire(world.now);
-    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, false));
+    assert_eq!((world.router.online(), lease.gone().has_fired()), (1, false));
     lease.end(Outcome::Success, world.now);
 }
 
@@ -301,7 +301,7 @@ fn a_local_worker_stays_until_it_is_removed() {
     let lease = world.select().unwrap();
     assert_eq!(lease.carrier(), Carrier::Local);
     world.router.remove(&id("local"));
-    assert!(lease.gone().is_cancelled());
+    assert!(lease.gone().has_fired());
     assert_eq!((world.router.online(), world.router.snapshot(world.now).len()), (0, 0));
     let again = world.router.register(&registration("local", "1", &["m"], 0), Carrier::Local, world.now);
     assert_eq!(again, Registered::New);
@@ -318,7 +318,7 @@ fn a_worker_of_the_older_dialect_is_known_by_its_heartbeats() {
     let lease = world.select().unwrap();
     assert!(lease.is_legacy() && world.worker("old").legacy);
     world.router.lost(&id("old"), "", world.now);
-    assert_eq!((world.router.online(), lease.gone().is_cancelled()), (1, false), "nobody looked at it");
+    assert_eq!((world.router.online(), lease.gone().has_fired()), (1, false), "nobody looked at it");
     world.router.deregister(&id("old"), world.now);
     lease.end(Outcome::Success, world.now);
     world.router.expire(world.now);
@@ -331,7 +331,7 @@ fn a_worker_of_the_older_dialect_is_known_by_its_heartbeats() {
     assert_eq!(world.register(&restarted), Registered::New);
     let lease = world.select().unwrap();
     assert_eq!(world.register(&restarted), Registered::Replaced, "it registers at its start only");
-    assert!(lease.gone().is_cancelled());
+    assert!(lease.gone().has_fired());
 }
 
 #[test]
@@ -359,12 +359,12 @@ fn a_worker_of_the_older_dialect_that_left_stays_away_while_it_still_beats() {
     let lease = world.select().unwrap();
     world.router.deregister(&id("old"), world.now);
     for _ in 0..12 {
-        assert!(!lease.gone().is_cancelled(), "its requests have 60 s to finish");
+        assert!(!lease.gone().has_fired(), "its requests have 60 s to finish");
         world.pass(5_000);
         world.beat(&older);
         world.router.expire(world.now);
     }
-    assert!(lease.gone().is_cancelled());
+    assert!(lease.gone().has_fired());
     drop(lease);
     world.pass(5_000);
     assert_eq!((world.beat(&older), world.router.online()), (HeartbeatVerdict::Ignored, 0));

@@ -360,7 +360,7 @@ impl<'a> Run<'a> {
         let models: Vec<_> = MODELS.into_iter().zip(served).filter(|(_, served)| *served > 0).map(|(model, _)| model).collect();
         prop_assert_eq!(router.models(), models);
         for out in &self.leases {
-            prop_assert_eq!(out.lease.gone().is_cancelled(), self.model.gone.contains(&out.presence));
+            prop_assert_eq!(out.lease.gone().has_fired(), self.model.gone.contains(&out.presence));
         }
         self.compare_choice(online)?;
         let told = std::mem::take(&mut self.model.told);
