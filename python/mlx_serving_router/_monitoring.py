@@ -15,10 +15,12 @@ from starlette.responses import Response  # noqa: TC002 likewise
 from starlette.routing import Route
 
 from mlx_serving_router import _fleet_routes
-from mlx_serving_router._http import lifespan_state
+from mlx_serving_router._http import lifespan_state, named
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from starlette.types import ASGIApp
 
     from mlx_serving_router._controller import ControllerNode
 
@@ -79,7 +81,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _app(controller: ControllerNode) -> Starlette:
+def _app(controller: ControllerNode) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[dict[str, object]]:
         yield lifespan_state(controller)
@@ -92,4 +94,4 @@ def _app(controller: ControllerNode) -> Starlette:
         Route("/health", health),
         Route("/ready", _fleet_routes.ready),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    return named(Starlette(routes=routes, lifespan=lifespan))

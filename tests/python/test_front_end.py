@@ -326,6 +326,10 @@ def test_metrics_can_have_a_port_of_their_own() -> None:
         for path in ("/health", "/ready"):
             assert httpx.get(f"{own}{path}").status_code == 200
         assert httpx.get(f"{own}/v1/models").status_code == 404
+        assert httpx.post(f"{own}/health").status_code == 405
+        for path in ("/metrics", "/health", "/ready", "/v1/models"):
+            answer = httpx.get(f"{own}{path}", headers={"x-request-id": "mine"})
+            assert answer.headers["x-request-id"] == "mine"
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{own}/health")
 
@@ -424,6 +428,7 @@ def test_other_origins_are_let_in_where_they_are_named() -> None:
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == here
         assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        assert allowed.headers["x-request-id"]
         answer = http.post("/v1/chat/completions", json=chat(), headers={**bearer("k"), "origin": here})
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == here
@@ -433,7 +438,11 @@ def test_other_origins_are_let_in_where_they_are_named() -> None:
         other = http.options("/v1/chat/completions", headers={**asks, "origin": "https://evil.example"})
         assert other.status_code == 400
         assert "access-control-allow-origin" not in other.headers
+        named = http.options("/v1/models", headers={**asks, "x-request-id": "mine"})
+        assert named.headers["x-request-id"] == "mine"
     with serve(create_app(controller=Fleet().controller)) as url, httpx.Client(base_url=url) as http:
-        assert http.options("/v1/chat/completions", headers=asks).status_code == 405
+        unknown = http.options("/v1/chat/completions", headers=asks)
+        assert unknown.status_code == 405
+        assert unknown.headers["x-request-id"]
         answer = http.post("/v1/chat/completions", json=chat(), headers={"origin": here})
         assert "access-control-allow-origin" not in answer.headers
