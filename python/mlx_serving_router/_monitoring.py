@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from mlx_serving_router import _fleet_routes
 from mlx_serving_router._http import lifespan_state, named
+from mlx_serving_router._uvicorn import http_protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -53,7 +54,12 @@ async def serve(controller: ControllerNode, host: str, port: int) -> AsyncIterat
 
     listener = _listen(host, port)
     settings = uvicorn.Config(
-        _app(controller), log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1
+        _app(controller),
+        http=http_protocol(),
+        log_config=None,
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=1,
     )
     server = Server(settings)
     task = asyncio.create_task(server.serve(sockets=[listener]))
