@@ -29,7 +29,7 @@ def keep(folder: Path, result: Mapping[str, Any]) -> Path:
 
 
 def latest(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The newest run that has figures of a kind: `core`, `cells`, `field`, `front`. None: there is no such run."""
+    """The newest run that has figures of a kind, one that `page` shows. None: there is no such run."""
     for path in sorted(folder.glob("*.json"), reverse=True):
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if kind in result:

@@ -39,6 +39,7 @@ _PROGRAMS = {
     "worker": ("worker.py", "turns.py", "liveness.py"),
     "memory": ("memory.py",),
     "growth": ("growth.py",),
+    "http-workers": ("http_workers.py",),
 }
 #: Which peer a side is compared with: nats-py on the same event loop.
 _PEERS = {"python-uvloop": "nats-py-uvloop", "nats-py-uvloop": "nats-py-uvloop"}

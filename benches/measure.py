@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
 
 #: So many requests as there is time for.
@@ -34,6 +34,7 @@ class Setup:
     tokens: int
     sessions: int
     interval: int = 0  # milliseconds between the tokens of a paced stream
+    workers: Sequence[str] = ()  # where workers over HTTP are; none: they are on NATS
 
     def messages(self) -> list[dict[str, str]]:
         return [{"role": "user", "content": self.prompt}]

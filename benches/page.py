@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import kept
 from chart import Bar, bars
-from report import Row, number, ratio_columns
+from report import Row, added, number, ratio_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -116,12 +116,42 @@ def _front(run: Mapping[str, Any]) -> Iterator[str]:
     yield _table(["", "median", "least", "most"], rows)
 
 
+def _http_workers(run: Mapping[str, Any]) -> Iterator[str]:
+    found = run["http_workers"]
+    yield f"<p class=when>{found['rounds']} rounds of {found['seconds_per_round']} s for each side and kind of load"
+    for tokens, length in found["tokens"].items():
+        compared = length["compared"]
+        yield f"<h3>Answers of {tokens} {'token' if tokens == '1' else 'tokens'}, one at a time</h3>"
+        # httpx would make bars of all others too short to be seen; the table has it.
+        yield _plots(
+            [
+                bars(
+                    what[0].upper() + what[1:],
+                    _LATENCY[2],
+                    [_bar(name, side["is"], _kind(name)) for name, side in sides.items() if name != "httpx"],
+                )
+                for what, sides in compared.items()
+            ]
+        )
+        rows = [
+            [escape(what), escape(name), _with_range(side["is"]), added(side["added"])]
+            for what, sides in compared.items()
+            for name, side in sides.items()
+        ]
+        yield _table(["", "", "p50 µs", "added to direct, µs"], rows)
+
+
 #: The kinds of figures: title, what measures them, what shows them.
 _SECTIONS = {
     "core": ("The deciding core", "make bench", _core),
     "cells": ("Against the transport", "make bench", _cells),
     "field": ("Beside its peers", "make bench ARGS=--only=field", _field),
     "front": ("The front-end beside a constant", "python benches/front.py", _front),
+    "http_workers": (
+        "Workers over HTTP beside a direct request",
+        "make bench ARGS=--only=http-workers",
+        _http_workers,
+    ),
 }
 
 

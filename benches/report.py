@@ -190,3 +190,8 @@ def number(value: float) -> str:
     if value >= 100 or value == round(value):
         return f"{value:,.0f}"
     return f"{value:.2g}" if value < 1 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def added(difference: Mapping[str, float]) -> str:
+    """A difference, with its range."""
+    return f"{difference['median']:+,.0f} ({difference['min']:+,.0f} to {difference['max']:+,.0f})"

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mlx_serving_router::config::ClusterConfig;
 use mlx_serving_router::dispatch::{CallOptions, Controller};
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::load::{self, Side};
@@ -19,13 +20,22 @@ struct Ours {
 
 /// Starts a controller and takes rounds.
 pub async fn run(setup: Setup) -> Result<(), Box<dyn Error>> {
-    let config = ClusterConfig::from_value(serde_json::json!({"nats": {"mode": "external", "serverUrl": setup.url}}))?;
+    let config = ClusterConfig::from_value(config(&setup))?;
     let controller = Controller::new(config, None)?;
     controller.start(None).await?;
     tokio::time::timeout(Duration::from_secs(10), controller.wait_for_workers(1)).await??;
     load::serve(Ours { controller: controller.clone(), setup: Arc::new(setup) }).await?;
     controller.stop(Duration::ZERO).await;
     Ok(())
+}
+
+fn config(setup: &Setup) -> Value {
+    if setup.workers.is_empty() {
+        return json!({"nats": {"mode": "external", "serverUrl": setup.url}});
+    }
+    let workers = setup.workers.iter().enumerate();
+    let workers = workers.map(|(n, url)| json!({"workerId": format!("http-{n}"), "url": url, "models": [setup.model]}));
+    json!({"nats": {"mode": "none"}, "workers": {"static": workers.collect::<Vec<_>>()}})
 }
 
 // === impl Ours ===

@@ -1,9 +1,10 @@
-//! The Rust processes of the benchmark: the workers that answer at once, the bare client, and the controller.
+//! The Rust processes of the benchmark: the workers that answer at once, the bare clients, and the controller.
 //!
-//! Started by benches/main.py and benches/field.py, which say what to do as JSON: once on the command line
+//! Started by benches/main.py and other programs there, which say what to do as JSON: once on the command line
 //! ([`setup::Setup`]), then a line of standard input for each round. A process ends with its standard input.
 
 mod controller;
+mod direct;
 mod http_worker;
 mod load;
 mod paced;
@@ -29,7 +30,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         "paced" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(paced::run(setup)),
         "raw" => tokio::runtime::Runtime::new()?.block_on(raw::run(setup, None)),
         "raw-headers" => tokio::runtime::Runtime::new()?.block_on(raw::run(setup, Some(raw::headers()))),
+        "direct" => tokio::runtime::Runtime::new()?.block_on(direct::run(setup)),
         "controller" => tokio::runtime::Runtime::new()?.block_on(controller::run(setup)),
-        other => Err(format!("{other:?} is no role: worker, http-worker, paced, raw, raw-headers and controller are").into()),
+        other => {
+            Err(format!("{other:?} is no role: worker, http-worker, paced, raw, raw-headers, direct and controller are").into())
+        }
     }
 }

@@ -24,6 +24,9 @@ pub struct Setup {
     /// Milliseconds between the tokens of a paced stream.
     #[serde(default)]
     pub interval: u64,
+    /// Where workers over HTTP are. None: they are on NATS.
+    #[serde(default)]
+    pub workers: Vec<String>,
 }
 
 // === impl Setup ===

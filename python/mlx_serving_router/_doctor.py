@@ -199,25 +199,40 @@ def _fleet(workers: Sequence[dict[str, Any]], seconds: float) -> Iterator[Findin
 
 
 def _static(worker: dict[str, Any]) -> Finding:
+    """A server of `workers.static`. As for the controller, what is configured counts before what it lists."""
     name, url = worker["workerId"], worker["url"].rstrip("/").removesuffix("/v1")
     headers = {"authorization": f"Bearer {worker['apiKey']}"} if worker["apiKey"] else {}
+    told = [model.partition("=")[0] for model in worker["models"] or ()]
     try:
-        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=_PATIENCE, trust_env=False)
-        models = [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
-    except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        advice = "; it wants another apiKey" if status in {401, 403} else ""
-        return Finding("wrong", "worker", f"{name}: {url}/v1/models answers {status}{advice}")
+        with httpx.Client(headers=headers, timeout=_PATIENCE, trust_env=False) as server:
+            answer = server.get(f"{url}/v1/models")
+            if answer.status_code in {401, 403}:
+                return _wrong(
+                    f"{name}: {url}/v1/models answers {answer.status_code}; it wants another apiKey"
+                )
+            listed = _listed(answer)
+            # mlx_lm.server has no list on a machine without a cache, and serves what it is asked for.
+            if listed is None and not (told and server.get(f"{url}/health").is_success):
+                return _wrong(
+                    f"{name}: {url}/v1/models has no list that could be read; name its models in the key models,"
+                    " or correct its url"
+                )
     except httpx.HTTPError as error:
         why = str(error) or type(error).__name__
-        return Finding(
-            "wrong",
-            "worker",
-            f"{name}: nobody answers at {url} ({why}); start that server, or correct its url",
-        )
+        return _wrong(f"{name}: nobody answers at {url} ({why}); start that server, or correct its url")
+    return Finding("ok", "worker", f"{name} at {url}: {', '.join((told or listed or ['no model'])[:8])}")
+
+
+def _listed(answer: httpx.Response) -> list[str] | None:
+    """The models in an answer to `/v1/models`; None where it is no such list."""
+    try:
+        return [str(model["id"]) for model in answer.json()["data"]] if answer.is_success else None
     except (ValueError, KeyError, TypeError):
-        return Finding("wrong", "worker", f"{name}: {url} does not speak the OpenAI API")
-    return Finding("ok", "worker", f"{name} at {url}: {', '.join(models[:8]) or 'no model'}")
+        return None
+
+
+def _wrong(text: str) -> Finding:
+    return Finding("wrong", "worker", text)
 
 
 # === this machine ===

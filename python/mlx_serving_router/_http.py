@@ -13,6 +13,8 @@ import re
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from starlette.datastructures import MutableHeaders
+
 # Not for type checking alone: FastAPI reads the annotations of `get_controller`.
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -23,7 +25,7 @@ from mlx_serving_router._errors import ControllerError, ControllerErrorCode
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from starlette.types import Receive
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from mlx_serving_router._controller import ControllerNode
 
@@ -86,6 +88,20 @@ def _new_id() -> str:
     """A random UUID; the library's own takes ten times as long to make one."""
     digits = os.urandom(16).hex()
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+
+
+def named(app: ASGIApp) -> ASGIApp:
+    """An application with the id of the request in each of its answers."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id(Request(scope))
+            await send(message)
+
+        await app(scope, receive, send_named)
+
+    return answer
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -15,10 +15,13 @@ from starlette.responses import Response  # noqa: TC002 likewise
 from starlette.routing import Route
 
 from mlx_serving_router import _fleet_routes
-from mlx_serving_router._http import lifespan_state
+from mlx_serving_router._http import lifespan_state, named
+from mlx_serving_router._uvicorn import http_protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from starlette.types import ASGIApp
 
     from mlx_serving_router._controller import ControllerNode
 
@@ -51,7 +54,12 @@ async def serve(controller: ControllerNode, host: str, port: int) -> AsyncIterat
 
     listener = _listen(host, port)
     settings = uvicorn.Config(
-        _app(controller), log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1
+        _app(controller),
+        http=http_protocol(),
+        log_config=None,
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=1,
     )
     server = Server(settings)
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -79,7 +87,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _app(controller: ControllerNode) -> Starlette:
+def _app(controller: ControllerNode) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[dict[str, object]]:
         yield lifespan_state(controller)
@@ -92,4 +100,4 @@ def _app(controller: ControllerNode) -> Starlette:
         Route("/health", health),
         Route("/ready", _fleet_routes.ready),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    return named(Starlette(routes=routes, lifespan=lifespan))

@@ -19,6 +19,7 @@ import uvicorn
 
 from mlx_serving_router._command import CommandError, changed, stop_signals, unless
 from mlx_serving_router._controller import ControllerNode
+from mlx_serving_router._uvicorn import http_protocol
 from mlx_serving_router.fastapi import create_app
 from mlx_serving_router.nats_server import NatsServer, NatsServerError
 
@@ -110,6 +111,7 @@ async def front_end(
     """
     settings = uvicorn.Config(
         create_app(controller=controller),
+        http=http_protocol(),
         log_config=None,
         access_log=False,  # the controller logs requests
         ws="none",

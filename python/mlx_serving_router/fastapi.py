@@ -18,7 +18,6 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -37,8 +36,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 
+    from starlette.datastructures import Headers
     from starlette.routing import BaseRoute
-    from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
     from mlx_serving_router._native import ClusterConfig
 
@@ -83,7 +83,7 @@ def create_app(
     origins = config.to_dict()["controller"]["cors"]["allowOrigins"]
     if origins:
         app.add_middleware(
-            CORSMiddleware,
+            _Cors,
             allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
@@ -91,10 +91,21 @@ def create_app(
         )
     for route in app.routes:
         if type(route) is Route:  # FastAPI's own: the documentation
-            route.app = _named(route.app)
+            route.app = _http.named(route.app)
     # Routes are tried in their order, and nobody waits for the documentation.
     app.router.routes.sort(key=lambda route: type(route) is Route)
     return app
+
+
+class _Cors(CORSMiddleware):
+    """Answers browsers' questions before anything else sees them: these answers get their id here."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """What a browser is told it may send."""
+        response = super().preflight_response(request_headers)
+        asked = Request({"type": "http", "headers": request_headers.raw})
+        response.headers[_http.REQUEST_ID] = _http.request_id(asked)
+        return response
 
 
 def controller_router(controller: ControllerNode | None = None) -> APIRouter:
@@ -291,20 +302,6 @@ class _OpenAIRoute(_Route):
     @staticmethod
     def shape(error: ControllerError | HttpError) -> Response:
         return openai_error(error)
-
-
-def _named(app: ASGIApp) -> ASGIApp:
-    """The application with an id in its answers."""
-
-    async def named(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[_http.REQUEST_ID] = _http.request_id(Request(scope))
-            await send(message)
-
-        await app(scope, receive, send_named)
-
-    return named
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:

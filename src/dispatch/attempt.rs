@@ -17,7 +17,7 @@ use crate::error::{ControllerError, ControllerErrorCode};
 use crate::routing::{Lease, Outcome};
 use crate::signal::{Listener, Signal};
 use crate::transport::{Delivery, Mailbox, Outgoing, Transport};
-use crate::wire::{Finish, Json, Reply, Token, WorkerId};
+use crate::wire::{ANSWER_MOST, Finish, Json, Reply, Token, WorkerId};
 
 /// How often is looked whether a model that a worker loads is there.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -42,6 +42,8 @@ pub(super) struct Attempt {
     disturbed: bool,
     /// The place that the next token has to have.
     expected: u64,
+    /// Bytes of the answer so far.
+    size: usize,
     /// Replies that the protocol has no place for.
     dropped: u64,
 }
@@ -108,6 +110,7 @@ impl Attempt {
             accepted: false,
             disturbed: false,
             expected: 0,
+            size: 0,
             dropped: 0,
         }
     }
@@ -313,6 +316,11 @@ impl Attempt {
         if self.timers.left(now).is_zero() {
             let error = self.timers.passed(Limit::Total);
             return Err(self.failed(error));
+        }
+        // Whoever gathers the answer keeps all of it.
+        self.size += token.size();
+        if self.size > ANSWER_MOST {
+            return Err(self.failed(protocol_error("its answer does not end")));
         }
         if self.expected == 0
             && let Some(lease) = &self.lease

@@ -21,7 +21,7 @@ pub use membership::{
     Capacity, ControllerNotice, Deregistration, Feature, Heartbeat, HeartbeatMetrics, Phase, Registration, Skills, WorkerStatus,
 };
 pub use prefix::{MOST_CACHED_PREFIXES, PrefixHashes, prefix_bytes};
-pub use reply::{Finish, FinishReason, Reply, Token, TokenIds, Undecodable, Usage};
+pub use reply::{ANSWER_MOST, Finish, FinishReason, Reply, Token, TokenIds, Undecodable, Usage};
 pub use request::{Cancel, InferenceRequest, Priority, Resume, check_session_id, header, valid_session_id};
 
 /// The protocol that this crate speaks, as a registration's `protocol` says it.

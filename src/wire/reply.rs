@@ -11,6 +11,10 @@ use super::Json;
 /// The ids of a piece of an answer: mostly one.
 pub type TokenIds = SmallVec<[u32; 4]>;
 
+/// Bytes of one answer, log probabilities included: what takes more does not end by itself. Twenty thousand tokens with twenty
+/// alternatives each, or millions without, stay below it.
+pub const ANSWER_MOST: usize = 32 << 20;
+
 /// One message of an answer.
 #[derive(Clone, PartialEq)]
 pub enum Reply {
@@ -296,6 +300,12 @@ impl Token {
     #[must_use]
     pub fn width(&self) -> u64 {
         (self.token_ids.len() as u64).max(1)
+    }
+
+    /// Bytes of its text and its log probabilities.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.text.len() + self.logprobs.as_ref().map_or(0, |logprobs| logprobs.text().len())
     }
 }
 

@@ -149,6 +149,28 @@ async fn a_stream_that_breaks_after_tokens_is_interrupted() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_answer_has_so_many_bytes_at_most() {
+    let longest = vec![Say("x".repeat(ANSWER_MOST / 8).leak()); 8];
+    let with = |more: &[Act]| [longest.as_slice(), more].concat();
+    let controller = controller(json!({"retry": {"maxRetries": 0}})).await;
+    let worker = worker(&controller, "w", &with(&[Done]));
+    assert_eq!(buffered(&controller).await.unwrap().text.len(), ANSWER_MOST);
+
+    let logprobs = Json::from_value(&json!({"content": []})).ok();
+    let token = Token { text: String::new(), index: 8, token_ids: vec![7].into(), logprobs };
+    for (more, cancelled) in [(Say("x"), 1), (Post(Reply::Token(token)), 3)] {
+        worker.now_does(&with(&[more, Stall]));
+        let error = buffered(&controller).await.unwrap_err();
+        assert_eq!((error.code(), error.context().contains_key("protocolError")), (Code::WorkerUnavailable, true));
+        worker.cancelled(cancelled).await;
+        let mut stream = streaming(&controller).await.unwrap();
+        assert_eq!(read(&mut stream).await.unwrap_err().code(), Code::StreamInterrupted);
+        worker.cancelled(cancelled + 1).await;
+        assert_at_rest(&controller);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn tokens_out_of_order_are_a_protocol_error() {
     let token = |index| Post(Reply::Token(Token { text: "x".into(), index, token_ids: vec![1].into(), logprobs: None }));
     for script in [vec![token(1)], vec![token(0), token(0)], vec![token(0), token(2)], vec![token(0), token(1), token(0)]] {

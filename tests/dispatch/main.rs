@@ -23,8 +23,8 @@ use mlx_serving_router::dispatch::{Answer, CallOptions, Controller, TokenStream}
 use mlx_serving_router::error::{ControllerError, ControllerErrorCode as Code};
 use mlx_serving_router::transport::{Delivery, LocalMessage, Postbox};
 use mlx_serving_router::wire::{
-    Capacity, Finish, FinishReason, InferenceRequest, Json, PROTOCOL, Registration, Reply, Skills, Token, Usage, WorkerId,
-    WorkerStatus,
+    ANSWER_MOST, Capacity, Finish, FinishReason, InferenceRequest, Json, PROTOCOL, Registration, Reply, Skills, Token, Usage,
+    WorkerId, WorkerStatus,
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};

@@ -169,6 +169,21 @@ async fn what_has_no_bound_is_given_up() {
 }
 
 #[tokio::test]
+async fn an_answer_that_grows_without_end_is_given_up() {
+    let flood = [head(), Act::Flood(delta(&"x".repeat(60_000)).into())];
+    let error = fails(&flood).await;
+    assert_eq!((error.code(), error.context().contains_key("protocolError")), (Code::WorkerUnavailable, true));
+    // Whoever does not read is not sent more than that, either.
+    let server = Server::start(&flood).await;
+    let controller = alone(&server, json!({})).await;
+    let mut stream = streaming(&controller).await.unwrap();
+    server.was_left(1).await;
+    let error = read(&mut stream).await.err().unwrap();
+    assert_eq!((error.code(), error.context().contains_key("protocolError")), (Code::StreamInterrupted, true));
+    assert_at_rest(&controller);
+}
+
+#[tokio::test]
 async fn the_words_of_a_refusal_are_bounded() {
     let endless = [write("HTTP/1.1 400 No\r\nconnection: close\r\n\r\n"), Act::Flood(vec![b'x'; 65_536])];
     let error = fails(&endless).await;

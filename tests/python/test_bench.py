@@ -303,6 +303,22 @@ def test_the_field_measures_ours_in_front_of_every_kind_of_worker(peers: Path, t
     assert kept["field"]["missing"] == {}
 
 
+@_whole
+def test_requests_to_workers_over_http_are_compared_with_direct_ones(peers: Path, tmp_path: Path) -> None:
+    program = str(_ROOT / "benches" / "http_workers.py")
+    command = [sys.executable, "-B", program, f"--peers={peers}", "--rounds=1", "--seconds=0.1"]
+    done = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*.json")
+    lengths = json.loads(file.read_text(encoding="utf-8"))["http_workers"]["tokens"]
+
+    assert list(lengths) == ["1", "64"]
+    for length in lengths.values():
+        for sides in length["compared"].values():
+            assert list(sides) == ["direct", "httpx", "rust", "python", "python-uvloop"]
+            assert all(side["is"]["min"] > 0 for side in sides.values())
+
+
 @pytest.mark.slow
 def test_the_front_end_is_compared_with_a_constant(tmp_path: Path) -> None:
     command = [sys.executable, "-B", str(_ROOT / "benches" / "front.py"), "--rounds=1", "--seconds=0.1"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _ROOT = Path(__file__).resolve().parents[2]
-_MODULES = ("chart", "kept", "measure", "over_http", "page", "report", "rounds", "sides")
+_MODULES = ("chart", "http_workers", "kept", "measure", "over_http", "page", "report", "rounds", "sides")
 
 
 @pytest.fixture
@@ -177,6 +177,29 @@ async def test_a_wrong_answer_is_no_figure(
         await load.run(concurrency=1, seconds=30.0, requests=1)
 
 
+# === requests to workers over HTTP ===
+
+
+def test_what_the_controller_adds_is_taken_within_a_round(bench: Callable[[str], ModuleType]) -> None:
+    # The machine was ten times as slow in the second round.
+    rounds = {"direct": (30.0, 300.0, 40.0), "rust": (60.0, 350.0, 60.0)}
+    figures = {
+        side: [{"latency_p50_us": p50, "first_token_p50_us": p50 / 2} for p50 in p50s]
+        for side, p50s in rounds.items()
+    }
+
+    http_workers = bench("http_workers")
+    compared = http_workers.compare({"buffered-1": figures, "streaming-1": figures})
+
+    assert compared["whole answer"]["rust"]["is"] == {"median": 60, "min": 60, "max": 350}
+    assert compared["whole answer"]["rust"]["added"] == {"median": 30, "min": 20, "max": 50}
+    assert compared["first token"]["rust"]["added"] == {"median": 15, "min": 10, "max": 25}
+    _, head, direct, rust = http_workers.table(1, compared)
+    assert head.split() == ["whole", "answer", "first", "token", "end", "of", "the", "stream"]
+    assert direct.split() == ["direct", "40", "20", "40"]
+    assert "60, +30 (+20 to +50)" in rust
+
+
 # === the page ===
 
 
@@ -257,6 +280,8 @@ def test_the_page_shows_every_kind_of_figure(bench: Callable[[str], ModuleType])
     names = [f"{side}_{figure}" for side in ("front", "constant") for figure in ("rate", "loop_us", "p50_us")]
     front = {"http": "h11", "seconds_per_round": 2.0, "rounds": [{}], "summary": dict.fromkeys(names, spread)}
     of_cells = {"rounds": 9, "seconds_per_round": 0.6, "tokens_per_stream": 64}
+    sides = {name: {"is": spread, "added": spread} for name in ("direct", "httpx", "rust")}
+    lengths = {"1": {"compared": {"whole answer": sides}}}
 
     written = bench("page").page(
         {
@@ -264,6 +289,7 @@ def test_the_page_shows_every_kind_of_figure(bench: Callable[[str], ModuleType])
             "cells": _run_of("cells", cells, **of_cells),
             "field": _run_of("field", field),
             "front": _run_of("front", front),
+            "http_workers": _run_of("http_workers", {**of_cells, "tokens": lengths}),
         }
     )
 
@@ -279,12 +305,12 @@ def test_the_page_shows_every_kind_of_figure(bench: Callable[[str], ModuleType])
     assert written.count("<th>p50 ours / it") == 1
     assert written.count("<th>throughput / raw") == 2
     plots = [f"<svg{rest.partition('</svg>')[0]}</svg>" for rest in written.split("<svg")[1:]]
-    assert len(plots) == 3 * 2 + 2 + 3
+    assert len(plots) == 3 * 2 + 2 + 3 + 1
     assert all(len(_lengths(plot)) >= 2 for plot in plots)
 
 
 def test_the_page_says_how_to_get_what_is_missing(bench: Callable[[str], ModuleType]) -> None:
     written = bench("page").page({"core": None})
 
-    assert written.count("Not measured here yet") == 4
+    assert written.count("Not measured here yet") == 5
     assert "make bench ARGS=--only=field" in written

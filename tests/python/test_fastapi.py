@@ -303,6 +303,17 @@ def test_what_an_applications_own_dependency_refuses_keeps_its_status() -> None:
         assert method.headers["x-request-id"]
 
 
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_a_model_without_a_name_is_none_that_is_served(prefix: str) -> None:
+    app = FastAPI()
+    app.include_router(controller_router(Fleet().controller), prefix=prefix)
+    with serve(app) as url:
+        for path in ("/v1/models/", "/v1/models//"):
+            refused = httpx.get(f"{url}{prefix}{path}")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, "MODEL_NOT_FOUND")
+            assert refused.headers["x-request-id"]
+
+
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses"])
 @pytest.mark.parametrize("prefix", ["", "/llm"])
 def test_what_no_worker_serves_is_a_404_that_clients_read(path: str, prefix: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -291,6 +292,51 @@ def test_keys_of_any_characters_are_compared_as_bytes() -> None:
 # === limits ===
 
 
+ENDLESS = {
+    "headers": (b"GET /health HTTP/1.1\r\n", b"x-more: %s\r\n" % (b"y" * 1000) * 64),
+    "a header": (b"GET /health HTTP/1.1\r\nx-long: ", b"y" * 65_536),
+    "an address": (b"GET /", b"y" * 65_536),
+    "trailers": (
+        b"POST /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n",
+        b"x-more: %s\r\n" % (b"y" * 1000) * 64,
+    ),
+}
+
+
+async def flood(writer: asyncio.StreamWriter, piece: bytes) -> None:
+    for _ in range(1024):
+        writer.write(piece)
+        await writer.drain()
+
+
+async def is_refused(port: int, begin: bytes, piece: bytes) -> None:
+    """The other side closes before it has taken 64 MiB."""
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(begin)
+    with pytest.raises(ConnectionError):
+        await flood(writer, piece)
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("of", ENDLESS)
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+async def test_a_head_without_end_is_refused(of: str, http: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if http == "h11":
+        monkeypatch.setitem(sys.modules, "uvicorn.protocols.http.httptools_impl", None)
+    own = free_port()
+    async with Fleet(metricsPort=own).controller as controller:
+        address = listen("127.0.0.1", 0)
+        async with front_end(controller, address, 1):
+            for port in (urlsplit(address.url).port, own):
+                assert port is not None
+                await is_refused(port, *ENDLESS[of])
+            async with httpx.AsyncClient(base_url=address.url) as client:
+                # What is long and ends is taken, as a body is.
+                assert (await client.get("/health", headers={"x-long": "y" * 32_000})).status_code == 200
+                content = json.dumps(chat(user="y" * 1_000_000))
+                assert (await client.post("/v1/chat/completions", content=content)).status_code == 200
+
+
 def test_the_size_of_bodies_can_be_set() -> None:
     fleet = Fleet(maxBodyBytes=100)
     with serve(create_app(controller=fleet.controller)) as url, httpx.Client(base_url=url) as http:
@@ -326,6 +372,10 @@ def test_metrics_can_have_a_port_of_their_own() -> None:
         for path in ("/health", "/ready"):
             assert httpx.get(f"{own}{path}").status_code == 200
         assert httpx.get(f"{own}/v1/models").status_code == 404
+        assert httpx.post(f"{own}/health").status_code == 405
+        for path in ("/metrics", "/health", "/ready", "/v1/models"):
+            answer = httpx.get(f"{own}{path}", headers={"x-request-id": "mine"})
+            assert answer.headers["x-request-id"] == "mine"
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{own}/health")
 
@@ -424,6 +474,7 @@ def test_other_origins_are_let_in_where_they_are_named() -> None:
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == here
         assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        assert allowed.headers["x-request-id"]
         answer = http.post("/v1/chat/completions", json=chat(), headers={**bearer("k"), "origin": here})
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == here
@@ -433,7 +484,11 @@ def test_other_origins_are_let_in_where_they_are_named() -> None:
         other = http.options("/v1/chat/completions", headers={**asks, "origin": "https://evil.example"})
         assert other.status_code == 400
         assert "access-control-allow-origin" not in other.headers
+        named = http.options("/v1/models", headers={**asks, "x-request-id": "mine"})
+        assert named.headers["x-request-id"] == "mine"
     with serve(create_app(controller=Fleet().controller)) as url, httpx.Client(base_url=url) as http:
-        assert http.options("/v1/chat/completions", headers=asks).status_code == 405
+        unknown = http.options("/v1/chat/completions", headers=asks)
+        assert unknown.status_code == 405
+        assert unknown.headers["x-request-id"]
         answer = http.post("/v1/chat/completions", json=chat(), headers={"origin": here})
         assert "access-control-allow-origin" not in answer.headers

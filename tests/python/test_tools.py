@@ -321,6 +321,39 @@ def test_doctor_knows_another_service_from_a_front_end(tmp_path: Path) -> None:
     assert "/nowhere" in told.output
 
 
+def test_doctor_believes_the_configuration_where_a_server_has_no_list_of_models(tmp_path: Path) -> None:
+    class Listless(Elsewhere):
+        """As `mlx_lm.server` on a machine without a cache: it breaks off where it would list its models."""
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            if self.path == "/health":
+                self.wfile.write(b'{"status": "ok"}')
+
+    with HTTPServer(("127.0.0.1", 0), Listless) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            file = tmp_path / "cluster.yaml"
+            url = f"http://127.0.0.1:{server.server_port}"
+            file.write_text(
+                "nats: {mode: none}\ncontroller: {port: 0}\nworkers:\n  static:\n"
+                f"    - {{workerId: told, url: '{url}', models: ['tiny=default_model', other]}}\n"
+                f"    - {{workerId: untold, url: '{url}'}}\n"
+            )
+            told = run("doctor", "-c", str(file))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert f"told at {url}: tiny, other" in told.output
+    assert (
+        f"untold: {url}/v1/models has no list that could be read; name its models in the key models"
+        in told.output
+    )
+    assert told.exit_code == 1
+
+
 def test_doctor_knows_a_front_end_that_runs(cluster: TestCluster, tmp_path: Path) -> None:
     port = cluster.api_url.rpartition(":")[2]
     file = tmp_path / "cluster.yaml"

@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 use super::refusal;
 use super::sse::Event;
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::wire::{Finish, FinishReason, Json, Reply, Token, TokenIds, Usage};
+use crate::wire::{ANSWER_MOST, Finish, FinishReason, Json, Reply, Token, TokenIds, Usage};
 
 /// Events in one answer that may be in no shape that is known before it is given up.
 const MALFORMED_MOST: u32 = 16;
@@ -30,6 +30,8 @@ const ARGUMENTS_MOST: usize = 1 << 20;
 pub(super) struct Answer {
     /// The place of the next token.
     next: u64,
+    /// Bytes of the tokens so far.
+    size: usize,
     reason: Option<FinishReason>,
     usage: Option<Usage>,
     calls: Vec<Call>,
@@ -194,7 +196,13 @@ impl Answer {
         let index = self.next;
         self.next += 1;
         let logprobs = choice.logprobs.and_then(chat_logprobs);
-        Ok(Some(Token { text: text.map(Cow::into_owned).unwrap_or_default(), index, token_ids: TokenIds::new(), logprobs }))
+        let token = Token { text: text.map(Cow::into_owned).unwrap_or_default(), index, token_ids: TokenIds::new(), logprobs };
+        // Looked at here as well as by whoever reads: a mailbox is bounded by their number, and each may be as long as a line.
+        self.size += token.size();
+        if self.size > ANSWER_MOST {
+            return Err(protocol_error("its answer does not end"));
+        }
+        Ok(Some(token))
     }
 
     /// Whether only counts can follow.

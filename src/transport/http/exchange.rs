@@ -1,8 +1,8 @@
 //! One attempt: the request goes out, the response is read, and every piece of it is posted as it comes.
 //!
 //! A reader that does not keep up holds the server back, for a while; the memory for it is that of its mailbox. Nothing is read
-//! without a bound: heads and lines by their length, whole answers too, streams by the limits of the attempt, which closes its
-//! mailbox when one of them passes.
+//! without a bound: heads, lines and answers by their length, streams by the limits of the attempt as well, which closes its mailbox
+//! when one of them passes.
 
 use std::sync::Arc;
 use std::time::Duration;
