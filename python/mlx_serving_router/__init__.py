@@ -65,6 +65,7 @@ __version__: str = _native.VERSION
 
 
 def _exit() -> None:
+    _native.exits()
     _native.shutdown()
     _logs.stop()
 

@@ -175,6 +175,7 @@ class ControllerNode:
 
         Raises:
             TimeoutError: The time has passed.
+            ValueError: `n` is negative.
             ControllerError: CONTROLLER_NOT_READY: it stopped meanwhile.
         """
         if not await self._native.wait_for_workers(n, timeout):

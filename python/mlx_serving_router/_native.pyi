@@ -31,6 +31,9 @@ CONTROLLER_STATES: Final[tuple[str, ...]]
 def forked() -> None:
     """Notice, in a forked child, that this is another process."""
 
+def exits() -> None:
+    """Notice that the interpreter begins to exit, in this thread: what other threads wait for ends without a word."""
+
 def shutdown() -> None:
     """End the runtime with all that it runs."""
 
@@ -99,7 +102,7 @@ class InferenceRequest:
 
     Raises:
         TypeError: A field has the wrong type, or is unknown.
-        ValueError: A value that JSON has no word for, or an unknown `priority`.
+        ValueError: A value that JSON has no word for.
     """
 
     def __new__(

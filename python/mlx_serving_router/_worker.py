@@ -458,6 +458,7 @@ def _at_exit() -> None:
         left = list(_running)
         own = _own
     # What is cut off now is cut off by the exit, and nobody's failure: nothing is to be read of it.
+    _native.exits()
     _logs.stop()
     for runner in left:
         runner.native.begin_stop(0.0)

@@ -106,6 +106,11 @@ impl Core {
         self.state() == ControllerState::Ready
     }
 
+    /// Whether our own connection to NATS is down.
+    pub(super) fn is_cut_off(&self) -> bool {
+        self.nats.get().is_some_and(|nats| !nats.is_connected())
+    }
+
     /// Goes on to a later state; false where it is there, or past it.
     pub(super) fn advance(&self, to: ControllerState) -> bool {
         let moved = self.state.send_if_modified(|state| {

@@ -109,6 +109,7 @@ impl CompletionCall {
             session_id: session(session_header, &body)?,
             stream,
             priority: body::read("priority", body.priority, r#"one of "high", "normal" and "low""#)?.unwrap_or(Priority::Normal),
+            unknown_priority: None,
             resume: None,
         };
         request.validate().map_err(|error| match field(&error) {

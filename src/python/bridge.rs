@@ -145,6 +145,7 @@ where
         if py.detach(|| meeting.wait(SIGNALS_EVERY)) {
             let result = meeting.state.lock().result.take();
             return match result {
+                _ if process.leaves_behind() => stand_still(py),
                 Some(result) => Ok(result),
                 None if process.is_over() => stand_still(py),
                 None => Err(PyRuntimeError::new_err("the work ended without a result; this is a defect of the router")),
@@ -159,7 +160,7 @@ where
 }
 
 /// For threads that the exit of the interpreter does not wait for: whatever they did now would disturb it.
-fn stand_still<T: Send>(py: Python<'_>) -> T {
+pub(super) fn stand_still<T: Send>(py: Python<'_>) -> T {
     py.detach(|| {
         loop {
             std::thread::park();

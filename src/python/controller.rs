@@ -6,6 +6,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -55,6 +56,11 @@ async fn wait_for_workers(controller: Controller, count: usize, timeout: Option<
             Err(_) => Ok(false),
         },
     }
+}
+
+/// How many workers are waited for.
+fn at_least_none(count: i64) -> PyResult<usize> {
+    usize::try_from(count).map_err(|_| PyValueError::new_err(format!("n is {count}; 0 or more workers can be waited for")))
 }
 
 #[pymethods]
@@ -119,15 +125,15 @@ impl PyController {
     }
 
     /// True once so many workers are online, false when so many seconds have passed.
-    fn wait_for_workers<'py>(&self, py: Python<'py>, count: usize, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+    fn wait_for_workers<'py>(&self, py: Python<'py>, count: i64, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         let timeout = errors::unwrap(py, timeout.map(|seconds| duration("timeout", seconds)).transpose())?;
-        bridge::awaitable(py, wait_for_workers(self.0.get()?.clone(), count, timeout))
+        bridge::awaitable(py, wait_for_workers(self.0.get()?.clone(), at_least_none(count)?, timeout))
     }
 
     /// As `wait_for_workers`, blocking.
-    fn wait_for_workers_blocking(&self, py: Python<'_>, count: usize, timeout: Option<f64>) -> PyResult<bool> {
+    fn wait_for_workers_blocking(&self, py: Python<'_>, count: i64, timeout: Option<f64>) -> PyResult<bool> {
         let timeout = errors::unwrap(py, timeout.map(|seconds| duration("timeout", seconds)).transpose())?;
-        bridge::block_on(py, wait_for_workers(self.0.get()?.clone(), count, timeout))
+        bridge::block_on(py, wait_for_workers(self.0.get()?.clone(), at_least_none(count)?, timeout))
     }
 
     /// An answer in one piece.

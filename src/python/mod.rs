@@ -69,7 +69,7 @@ mod _native {
     #[pymodule_export]
     use super::router::{PyLease, PyRouter};
     #[pymodule_export]
-    use super::runtime::{forked, shutdown};
+    use super::runtime::{exits, forked, shutdown};
     #[pymodule_export]
     use super::script::PyScript;
     #[pymodule_export]

@@ -22,7 +22,7 @@ use crate::wire::{InferenceRequest, Json, PrefixHashes, Priority};
 ///
 /// Raises:
 ///     TypeError: A field has the wrong type, or is unknown.
-///     ValueError: A value that JSON has no word for, or an unknown `priority`.
+///     ValueError: A value that JSON has no word for.
 #[derive(PartialEq)]
 #[pyclass(frozen, eq, module = "mlx_serving_router._native", name = "InferenceRequest")]
 pub(super) struct PyInferenceRequest(pub(super) Arc<InferenceRequest>);
@@ -83,7 +83,12 @@ fn set(request: &mut InferenceRequest, name: &str, value: &Bound<'_, PyAny>) -> 
         "response_format" => request.response_format = Some(object(name, value)?),
         "session_id" => request.session_id = Some(text(name, value)?),
         "stream" => request.stream = truth(name, value)?,
-        "priority" => request.priority = priority(value)?,
+        "priority" => match text(name, value)?.as_str() {
+            "high" => request.priority = Priority::High,
+            "normal" | "medium" => request.priority = Priority::Normal,
+            "low" => request.priority = Priority::Low,
+            other => request.unknown_priority = Some(other.to_owned()),
+        },
         "resume" => request.resume = Some(json::from_python(name, value)?),
         _ => return Ok(false),
     }
@@ -286,11 +291,12 @@ impl PyInferenceRequest {
 
     /// Who goes first in a queue: `high`, `normal` or `low`.
     #[getter]
-    fn priority(&self) -> &'static str {
-        match self.0.priority {
-            Priority::High => "high",
-            Priority::Normal => "normal",
-            Priority::Low => "low",
+    fn priority(&self) -> &str {
+        match (&self.0.unknown_priority, self.0.priority) {
+            (Some(other), _) => other,
+            (None, Priority::High) => "high",
+            (None, Priority::Normal) => "normal",
+            (None, Priority::Low) => "low",
         }
     }
 
@@ -391,13 +397,4 @@ fn stop(value: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
     }
     let items = value.try_iter().map_err(|_| wrong("stop", value, "a list of str, or one str,"))?;
     items.enumerate().map(|(index, item)| text(&format!("stop[{index}]"), &item?)).collect()
-}
-
-fn priority(value: &Bound<'_, PyAny>) -> PyResult<Priority> {
-    match text("priority", value)?.as_str() {
-        "high" => Ok(Priority::High),
-        "normal" | "medium" => Ok(Priority::Normal),
-        "low" => Ok(Priority::Low),
-        other => Err(PyValueError::new_err(format!("priority is {}; 'high', 'normal' or 'low' is right", super::quoted(other)))),
-    }
 }

@@ -4,8 +4,9 @@
 //! there, never used and never dropped, since its threads are gone and its locks may be held for ever.
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::ThreadId;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -32,6 +33,8 @@ static CURRENT: ArcSwapOption<Process> = ArcSwapOption::const_empty();
 pub(super) struct Process {
     id: u32,
     handle: Handle,
+    /// The thread in which the interpreter exits, from then on.
+    exits_in: OnceLock<ThreadId>,
     /// None once the interpreter exits.
     runtime: Mutex<Option<Runtime>>,
     pub(super) event_loops: EventLoops,
@@ -77,6 +80,7 @@ pub(super) fn current(_py: Python<'_>) -> PyResult<Arc<Process>> {
     let process = Arc::new(Process {
         id,
         handle: runtime.handle().clone(),
+        exits_in: OnceLock::new(),
         runtime: Mutex::new(Some(runtime)),
         event_loops: EventLoops::default(),
         logs: Logs::default(),
@@ -90,6 +94,14 @@ pub(super) fn current(_py: Python<'_>) -> PyResult<Arc<Process>> {
 /// What this process has, where it has anything. Also once the interpreter exits.
 pub(super) fn existing() -> Option<Arc<Process>> {
     CURRENT.load_full().filter(|process| process.id == process_id())
+}
+
+/// The interpreter begins to exit, in this thread: what other threads wait for is over, and none of their business.
+#[pyfunction]
+pub(super) fn exits() {
+    if let Some(process) = existing() {
+        let _ = process.exits_in.set(std::thread::current().id());
+    }
 }
 
 /// Ends the runtime with all that it runs. Called at the exit of the interpreter, which is not needed for it; without effect
@@ -110,6 +122,11 @@ impl Process {
         F: Future<Output: Send> + Send + 'static,
     {
         self.handle.spawn(future)
+    }
+
+    /// Whether the interpreter exits, and not in this thread.
+    pub(super) fn leaves_behind(&self) -> bool {
+        self.exits_in.get().is_some_and(|thread| *thread != std::thread::current().id())
     }
 
     /// Whether the interpreter exits: nothing runs here any more.

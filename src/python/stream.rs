@@ -396,6 +396,9 @@ impl BlockingTokenStream {
         };
         match taken {
             Taken::Token(token) => Ok(Some(PyTokenEvent(token))),
+            Taken::End(End::Failed(_)) if runtime::existing().is_some_and(|process| process.leaves_behind()) => {
+                bridge::stand_still(py)
+            }
             Taken::End(End::Failed(error)) => Err(errors::raise(py, &error)),
             Taken::End(_) | Taken::Tokens(_) | Taken::Nothing => Ok(None),
         }

@@ -62,6 +62,8 @@ impl WorkerSnapshot {
             status: match worker.standing() {
                 Standing::Online | Standing::Held | Standing::Unheard => WorkerStatus::Online,
                 Standing::Degraded => WorkerStatus::Degraded,
+                // In its own word: it gets nothing new, and is still heard from.
+                Standing::Draining if live.status == WorkerStatus::Offline => WorkerStatus::Offline,
                 Standing::Draining => WorkerStatus::Draining,
                 Standing::Offline => WorkerStatus::Offline,
             },

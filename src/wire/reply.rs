@@ -257,7 +257,7 @@ impl Finish {
             latency_ms: Some(self.latency_ms),
             finish_reason: Some(self.reason),
             usage: Some(self.usage),
-            tool_calls: self.tool_calls.clone(),
+            tool_calls: self.tool_calls.clone().or_else(|| Json::from_value(&[(); 0]).ok()),
             ..message
         }
     }

@@ -95,6 +95,9 @@ pub struct InferenceRequest {
     /// Who goes first in a queue.
     #[serde(default)]
     pub priority: Priority,
+    /// What was asked for in its place and is no priority: [`Self::validate`] refuses it.
+    #[serde(skip)]
+    pub unknown_priority: Option<String>,
     /// Continues after tokens that another worker delivered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Resume>,
@@ -175,6 +178,10 @@ impl InferenceRequest {
             && !(0..=20).contains(&logprobs)
         {
             return Err(invalid("logprobs", format!("is {logprobs}; 0 to 20 is allowed")));
+        }
+        if let Some(other) = &self.unknown_priority {
+            let shown: String = other.chars().take(80).collect();
+            return Err(invalid("priority", format!("is {shown:?}; high, normal or low is right")));
         }
         if let Some(stop) = &self.stop
             && stop.iter().any(String::is_empty)

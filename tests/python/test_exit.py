@@ -142,6 +142,23 @@ def test_the_interpreter_exits_with_threads_that_wait() -> None:
     many(textwrap.dedent(body), runs=20)
 
 
+def test_threads_that_are_left_behind_say_nothing() -> None:
+    body = """
+    controller = made(stuck, endless).__enter__()
+    ends = [
+        lambda: controller.generate(ask(), worker_id="local-0"),
+        lambda: list(controller.generate_stream(ask(), worker_id="local-0")),
+        lambda: list(controller.generate_stream(ask(), worker_id="local-1")),
+    ]
+    for end in ends:
+        threading.Thread(target=end, daemon=True).start()
+    while controller.cluster_status().to_dict()["requests"]["active"] < len(ends):
+        time.sleep(0.005)
+    print("leaving")
+    """
+    many(textwrap.dedent(body), runs=4)
+
+
 @pytest.mark.nats
 @pytest.mark.slow
 async def test_the_interpreter_exits_with_calls_over_nats(nats: NatsServer, nats_prefix: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving_router import ControllerError, ControllerNode, ControllerState, InferenceRequest
+from mlx_serving_router import ControllerError, ControllerNode, ControllerState, InferenceRequest, nats_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,6 +81,48 @@ def test_calls_raise_when_they_are_awaited() -> None:
     call = controller.handle_buffered_request("no request")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         asyncio.run(call)
+
+
+async def test_what_is_no_priority_is_refused_when_it_is_awaited() -> None:
+    request = InferenceRequest(model_id="tiny", prompt="Hello", priority="urgent")  # type: ignore[arg-type]
+    assert InferenceRequest.from_dict(request.to_dict()) == request
+    async with ControllerNode(LOCAL) as controller:
+        with pytest.raises(ControllerError, match=r'priority is "urgent"; high, normal or low is right') as caught:
+            await controller.handle_buffered_request(request)
+    assert caught.value.code == "REQUEST_VALIDATION_FAILED"
+
+
+async def test_nobody_waits_for_fewer_workers_than_none() -> None:
+    async with ControllerNode(LOCAL) as controller:
+        await controller.wait_for_workers(0, timeout=1)
+        with pytest.raises(ValueError, match="n is -1; 0 or more"):
+            await controller.wait_for_workers(-1, timeout=1)
+
+
+@pytest.mark.nats
+@pytest.mark.parametrize(
+    ("authorization", "login"),
+    [
+        (["--user", "fleet", "--pass", "p@ss/word"], "fleet:p%40ss%2Fword@"),
+        (["--auth", "a token"], "a%20token@"),
+    ],
+)
+async def test_urls_may_bring_credentials(authorization: list[str], login: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [nats_server.find_program(), "-a", "127.0.0.1", "-p", str(port), *authorization]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            while "Server is ready" not in server.stderr.readline():
+                assert server.poll() is None
+            url = f"127.0.0.1:{port}"
+            async with ControllerNode({"nats": {"mode": "external", "serverUrl": f"nats://{login}{url}"}}):
+                pass
+            with pytest.raises(ControllerError, match="authorization violation"):
+                await ControllerNode({"nats": {"mode": "external", "serverUrl": f"nats://{url}"}}).start()
+        finally:
+            server.terminate()
 
 
 @pytest.fixture

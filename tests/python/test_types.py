@@ -136,7 +136,7 @@ def test_a_request_gets_an_id() -> None:
         ({"response_format": "json"}, TypeError, "response_format is of type str; dict is right"),
         ({"logit_bias": [1]}, TypeError, "logit_bias is of type list; dict is right"),
         ({"stream": 1}, TypeError, "stream is of type int; bool is right"),
-        ({"priority": "urgent"}, ValueError, "'high', 'normal' or 'low' is right"),
+        ({"priority": 1}, TypeError, "priority is of type int; str is right"),
         ({"messages": [{"content": object()}]}, TypeError, r"messages\[0\].content: is of type object"),
         ({"messages": [{"content": float("nan")}]}, ValueError, r"messages\[0\].content: is NaN"),
         ({"messages": [{1.5: "x"}]}, TypeError, r"messages\[0\]: has a key of type float; str is right"),
@@ -160,6 +160,8 @@ def test_endless_nesting_is_refused() -> None:
 
 def test_only_types_are_checked() -> None:
     assert InferenceRequest(model_id="", max_tokens=-1, temperature=-2.0).max_tokens == -1
+    urgent = InferenceRequest(model_id="tiny", prompt="Hello", priority="urgent")  # type: ignore[arg-type]
+    assert urgent.priority == "urgent"
 
 
 def test_tuples_and_mappings_are_taken() -> None:

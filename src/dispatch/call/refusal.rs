@@ -23,6 +23,10 @@ impl Call {
             refusal => refusal,
         };
         let error = match refusal {
+            Refusal::NoWorkers if self.core.is_cut_off() => error(
+                ControllerErrorCode::NatsError,
+                "the connection to NATS is down; workers are asked to register as soon as it is back".into(),
+            ),
             Refusal::NoWorkers => error(
                 ControllerErrorCode::NoWorkersAvailable,
                 "no worker is online; start one, or wait for one to register".into(),

@@ -318,7 +318,7 @@ impl Core {
 
     fn open(&mut self, settings: &BreakerSettings, reason: BreakerReason, dice: &Dice, now: Instant) -> Transition {
         let jitter = 1.0 + JITTER * (2.0 * dice.roll().f64() - 1.0);
-        self.until = now + self.open_for(settings).mul_f64(jitter);
+        self.until = now + self.open_for(settings).mul_f64(jitter).min(settings.open_for_max);
         self.opened_count += 1;
         self.go(CircuitState::Open, reason, now)
     }

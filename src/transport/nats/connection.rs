@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Event, HeaderMap, StatusCode, Subject};
+use async_nats::{Client, ConnectOptions, Event, HeaderMap, ServerAddr, StatusCode, Subject};
 use bytes::Bytes;
 use futures_util::{StreamExt, TryFutureExt};
+use percent_encoding::percent_decode_str;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -285,6 +286,12 @@ async fn options(config: &NatsConfig, client_name: &str) -> Result<ConnectOption
         });
     if let (Some(user), Some(password)) = (&config.user, &config.password) {
         options = options.user_and_password(user.clone(), password.clone());
+    } else if let Some((user, password)) = config.server_url.as_slice().iter().find_map(|url| login(url)) {
+        // As NATS' own tools have it: what stands alone is a token.
+        options = match password {
+            Some(password) => options.user_and_password(user, password),
+            None => options.token(user),
+        };
     }
     if let Some(path) = &config.credentials_file {
         options = options.credentials_file(path).await.map_err(|error| {
@@ -298,6 +305,13 @@ async fn options(config: &NatsConfig, client_name: &str) -> Result<ConnectOption
         options = options.add_client_certificate(certificate.into(), key.into()).require_tls(true);
     }
     Ok(options)
+}
+
+/// The user and the password that a URL brings along.
+fn login(url: &str) -> Option<(String, Option<String>)> {
+    let address: ServerAddr = url.parse().ok()?;
+    let plain = |part: &str| percent_decode_str(part).decode_utf8_lossy().into_owned();
+    Some((plain(address.username()?), address.password().map(plain)))
 }
 
 fn note(states: &watch::Sender<Link>, event: &Event) {

@@ -58,6 +58,12 @@ pub struct NatsTransport {
 // === impl NatsTransport ===
 
 impl NatsTransport {
+    /// Whether messages go out now.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.connection.is_connected()
+    }
+
     /// Opens the controller's inbox on a connection.
     ///
     /// `grace` is how long calls wait for another server while the connection is down. With one server there is nothing
