@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster import LONG
 from enginejobs import MODEL, PATIENCE, FakeJob, Running, job
 from modelfiles import DAMAGES, WEIGHTS, HeldLoads, copy, memory_of_mlx
 
@@ -225,7 +226,7 @@ def test_a_model_for_which_there_is_no_room_for_long_is_refused(monkeypatch: pyt
             running.jobs.put(wants_b)
         one.cancelled = wants_b.end is not None
 
-    running.ask("Tell me a story.", model_id="a", temperature=4.0, max_tokens=1500, on_token=ask_for_b)
+    running.ask("Tell me a story.", model_id="a", on_token=ask_for_b, **LONG)
     assert (wants_b.end.code, wants_b.end.retry_after_ms) == ("WORKER_OVERLOADED", None)
     assert loaded(running) == {"a"}
     running.stop()
