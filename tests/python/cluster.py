@@ -77,7 +77,7 @@ def ask(text: str = "Hello", **fields: Any) -> InferenceRequest:
     return InferenceRequest(**fields)
 
 
-#: Has an answer of the tiny model go on to its limit: the tokens that end one are forbidden. Chance would end some early.
+#: Has an answer of the tiny model go on to its limit, which chance would not: the tokens that end one are forbidden.
 LONG: dict[str, Any] = {"max_tokens": 1500, "logit_bias": {"0": -100.0, "2": -100.0}}
 
 
