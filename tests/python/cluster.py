@@ -77,8 +77,13 @@ def ask(text: str = "Hello", **fields: Any) -> InferenceRequest:
     return InferenceRequest(**fields)
 
 
-#: Has an answer of the tiny model go on to its limit, which chance would not: the tokens that end one are forbidden.
-LONG: dict[str, Any] = {"max_tokens": 1500, "logit_bias": {"0": -100.0, "2": -100.0}}
+#: An answer of the tiny model goes on to its limit, far off: the tokens that would end it are ruled out.
+ENDLESS: dict[str, Any] = {
+    "max_tokens": 1500,
+    "logit_bias": {
+        str(token): -100.0 for token in json.loads((MODEL / "config.json").read_text())["eos_token_id"]
+    },
+}
 
 
 async def failure(call: Awaitable[Any]) -> ControllerError:

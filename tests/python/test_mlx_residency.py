@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cluster import LONG
+from cluster import ENDLESS
 from enginejobs import MODEL, PATIENCE, FakeJob, Running, job
 from modelfiles import DAMAGES, WEIGHTS, HeldLoads, copy, memory_of_mlx
 
@@ -226,7 +226,7 @@ def test_a_model_for_which_there_is_no_room_for_long_is_refused(monkeypatch: pyt
             running.jobs.put(wants_b)
         one.cancelled = wants_b.end is not None
 
-    running.ask("Tell me a story.", model_id="a", on_token=ask_for_b, **LONG)
+    running.ask("Tell me a story.", model_id="a", on_token=ask_for_b, **ENDLESS)
     assert (wants_b.end.code, wants_b.end.retry_after_ms) == ("WORKER_OVERLOADED", None)
     assert loaded(running) == {"a"}
     running.stop()
@@ -538,6 +538,30 @@ def test_a_model_that_is_late_is_taken_in_without_anybody_asking(monkeypatch: py
     held.let_go()
     running.jobs.wait_until(lambda: loaded(running) == {"slow", "quick"})
     assert bees(running, "slow") == BEES
+    running.stop()
+
+
+def test_the_log_tells_of_a_load_that_is_long_in_coming(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlx_serving_router.mlx import _residency
+
+    monkeypatch.setattr(_residency, "_LONG_LOAD", 0.01)
+    held = HeldLoads(monkeypatch, "slow")
+    running = engine("slow", "quick", pre_warm=["quick"])
+    asked = job("What do bees make?", model_id="slow")
+    running.jobs.put(asked)
+
+    def times_told() -> int:
+        return sum("model slow is still being loaded" in record.getMessage() for record in caplog.records)
+
+    running.jobs.wait_until(lambda: times_told() >= 3)
+    beside = job("What do bees make?", model_id="quick")
+    running.jobs.put(beside)
+    running.jobs.wait_for(beside)
+    held.let_go()
+    running.jobs.wait_for(asked)
+    assert (beside.text, asked.text, times_told() < 30) == (BEES, BEES, True)
     running.stop()
 
 
