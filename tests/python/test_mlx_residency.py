@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import sys
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,16 @@ def test_an_engine_that_is_stopped_while_it_loads_ends(monkeypatch: pytest.Monke
     running.stop()
     assert asked.end is None, "the runtime ends what an engine leaves"
     held.let_go()
+
+
+def test_threads_hand_the_interpreter_on_sooner_while_an_engine_runs() -> None:
+    before = sys.getswitchinterval()
+    first, second = engine("a"), engine("a")
+    assert sys.getswitchinterval() <= 0.001 < before
+    first.stop()
+    assert sys.getswitchinterval() <= 0.001
+    second.stop()
+    assert sys.getswitchinterval() == before
 
 
 def test_what_a_model_holds_beside_its_parameters_is_computed_where_it_is_loaded() -> None:
