@@ -270,7 +270,7 @@ _ROLES = {"direct": _direct, "server": _server}
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default 7)")
-    parser.add_argument("--requests", type=int, default=48, help="requests of a side in a round (default 48)")
+    parser.add_argument("--requests", type=int, default=96, help="requests of a side in a round (default 96)")
     parser.add_argument(
         "--tokens", type=int, default=128, help="tokens of an answer, on average (default 128)"
     )
