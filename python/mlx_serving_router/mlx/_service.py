@@ -227,6 +227,7 @@ class Service:
             self._readings[0].wait(_LOOK_AT_LOADS)
         for reading in [reading for reading in self._readings if reading.done]:
             self._readings.remove(reading)
+            reading.wait(_LAST_READING)  # its thread has nothing left to do but to end
             if not reading.job.cancelled:
                 self._begin(reading.job, reading.model, reading.result)
 
