@@ -112,7 +112,8 @@ class JobQueue(Protocol):
             phase: The first `"ready"` lets the worker register and take requests.
             loaded_models: Names from `Engine.models` that can answer at once.
             loading_models: Names being loaded: controllers allow requests for them more time, and jobs for them are
-                not handed out until the name is no longer among them. Their time does not run meanwhile.
+                not handed out until the name is no longer among them. Meanwhile they have
+                `requestRouting.modelLoadTimeoutMs`, and afterwards all of their own time.
             cached_prefixes: Which prompts the engine could continue from its caches, as the hashes of
                 docs/prefix-hashes.md, at most 256. The next heartbeat has them: there is none for their sake alone.
                 `None` leaves them as they are.

@@ -38,7 +38,7 @@ pub struct LocalPort {
 /// What a local worker says of itself, as others publish it.
 #[derive(Debug)]
 pub enum LocalNews {
-    /// Its load, and what it is doing. Without any it counts as ready, and its silence says nothing.
+    /// Its load, and what it is doing. Until the first it counts as ready, and its silence says nothing.
     Heartbeat(Box<Heartbeat>),
     /// It wants nothing new.
     Deregister,

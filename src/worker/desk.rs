@@ -52,7 +52,8 @@ pub(super) struct Attempt {
     pub(super) answer: Arc<Answer>,
     pub(super) token: CancellationToken,
     pub(super) arrived: Instant,
-    /// None while its model is loaded: that time is not its own. Read and changed with the floor alone.
+    /// When it ends at the latest; while its model is loaded that is the end of the time for loading. Read and changed with the
+    /// floor alone.
     deadline: Mutex<Option<Instant>>,
     timeout: Duration,
     /// When it was last handed out.
@@ -84,6 +85,8 @@ pub(super) struct Limits {
     /// 0: none.
     pub(super) max_concurrent: u32,
     pub(super) max_queue: u32,
+    /// How long an attempt waits for its model to be loaded.
+    pub(super) loading: Duration,
 }
 
 /// The desk.
@@ -186,9 +189,8 @@ impl Desk {
         let before = floor.waiting.range(..place).count();
         taken.answer.accept(u32::try_from(before).unwrap_or(u32::MAX));
         floor.held_bytes += size;
-        if !floor.is_loading(&taken.request.model_id) {
-            floor.start_clock(&taken, now);
-        }
+        let limit = if floor.is_loading(&taken.request.model_id) { self.limits.loading } else { timeout };
+        floor.start_clock(&taken, now, limit);
         floor.waiting.insert(place, taken.clone());
         let first_to_pass = floor.deadlines.first_key_value().is_some_and(|(first, _)| first.1 == number);
         floor.live.insert(key, taken);
@@ -272,7 +274,8 @@ impl Desk {
         self.offer_work();
     }
 
-    /// The next attempt to work on, where there is one and a place for it. Those for a model that is being loaded wait on.
+    /// The next attempt to work on, where there is one and a place for it. Those for a model that is being loaded wait on: they
+    /// are passed over one by one, at most as many as the queue is long.
     fn pick(&self, floor: &mut Floor) -> Option<Arc<Attempt>> {
         let limit = self.limits.max_concurrent as usize;
         if floor.doors == Doors::Closed || (limit > 0 && floor.running >= limit) {
@@ -402,7 +405,10 @@ impl Desk {
         let (late, orphans, next) = {
             let mut floor = self.floor.lock();
             let passed = floor.deadlines.range(..=(now, u64::MAX));
-            let late: Vec<_> = passed.filter_map(|(_, key)| floor.live.get(key).cloned()).collect();
+            let late: Vec<_> = passed
+                .filter_map(|(_, key)| floor.live.get(key).cloned())
+                .map(|taken| (self.too_late(&floor, &taken), taken))
+                .collect();
             let gone = floor.liveness.ended(now);
             let orphans: Vec<_> = if gone.is_empty() {
                 Vec::new()
@@ -412,8 +418,7 @@ impl Desk {
             let next = floor.deadlines.range((now, u64::MAX)..).next().map(|((at, _), _)| *at);
             (late, orphans, next.into_iter().chain(floor.liveness.next_end()).min())
         };
-        for taken in late {
-            let message = format!("not done within Timeout-Ms: {}", taken.timeout.as_millis());
+        for (message, taken) in late {
             self.end(&taken, ControllerErrorCode::WorkerTimeout.as_str(), &message, None);
         }
         for taken in orphans {
@@ -425,6 +430,14 @@ impl Desk {
             );
         }
         next
+    }
+
+    fn too_late(&self, floor: &Floor, taken: &Attempt) -> String {
+        if floor.is_loading(&taken.request.model_id) {
+            let limit = self.limits.loading.as_millis();
+            return format!("its model was not loaded within requestRouting.modelLoadTimeoutMs: {limit}");
+        }
+        format!("not done within Timeout-Ms: {}", taken.timeout.as_millis())
     }
 
     fn offer_work(&self) {
@@ -459,14 +472,15 @@ impl Floor {
         }
     }
 
-    /// Its time runs from now on.
-    fn start_clock(&mut self, taken: &Attempt, now: Instant) {
-        let at = now + taken.timeout;
+    /// From now on it has so long.
+    fn start_clock(&mut self, taken: &Attempt, now: Instant, limit: Duration) {
+        self.stop_clock(taken);
+        let at = now + limit;
         *taken.deadline.lock() = Some(at);
         self.deadlines.insert((at, taken.place.1), taken.key.clone());
     }
 
-    /// Its time does not run.
+    /// No deadline ends it any more.
     fn stop_clock(&mut self, taken: &Attempt) {
         if let Some(at) = taken.deadline.lock().take() {
             self.deadlines.remove(&(at, taken.place.1));

@@ -9,8 +9,8 @@ use super::answer::Target;
 use super::cancels::Cancellation;
 use super::desk::{Arrival, Desk, Intake, refused};
 use crate::error::{ControllerError, ControllerErrorCode};
+use crate::transport::LocalMessage;
 use crate::transport::nats::{Asked, Incoming, Subscription, WorkerService};
-use crate::transport::{LocalMessage, LocalPort};
 use crate::wire::{Cancel, InferenceRequest, header};
 
 /// A year: a longer `Timeout-Ms` means as much.
@@ -45,21 +45,18 @@ pub(super) async fn from_nats(
     service.close().await;
 }
 
-/// Serves one port until the controller has gone.
-pub(super) async fn from_port(desk: Arc<Desk>, mut port: LocalPort) {
-    let mut name: Option<Arc<str>> = None;
-    while let Some(message) = port.recv().await {
-        match message {
-            LocalMessage::Request { request, attempt, timeout, controller_id, postbox } => {
-                name = Some(controller_id.clone());
-                let request_id = request.request_id.clone();
-                let arrival = Arrival { request, attempt, controller: controller_id, timeout, size: 0 };
-                settle(desk.take(arrival, Target::Local(postbox)), &request_id).await;
-            }
-            LocalMessage::Cancel { request_id, attempt } => {
-                let cancel = Cancel { request_id, attempt };
-                desk.cancel(Cancellation { cancel, controller: name.clone(), reply_to: None });
-            }
+/// A message of a controller of this process, whose `name` is known once it has asked something.
+pub(super) async fn from_port(desk: &Desk, name: &mut Option<Arc<str>>, message: LocalMessage) {
+    match message {
+        LocalMessage::Request { request, attempt, timeout, controller_id, postbox } => {
+            *name = Some(controller_id.clone());
+            let request_id = request.request_id.clone();
+            let arrival = Arrival { request, attempt, controller: controller_id, timeout, size: 0 };
+            settle(desk.take(arrival, Target::Local(postbox)), &request_id).await;
+        }
+        LocalMessage::Cancel { request_id, attempt } => {
+            let cancel = Cancel { request_id, attempt };
+            desk.cancel(Cancellation { cancel, controller: name.clone(), reply_to: None });
         }
     }
 }

@@ -11,20 +11,15 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::board::Board;
 use super::desk::Desk;
-use super::machine::Machine;
+use super::pulse::Pulse;
 use super::rivals::{Rivals, Verdict};
 use crate::error::{ControllerError, ControllerErrorCode, epoch_ms};
 use crate::transport::nats::{Incoming, NatsConnection, Subscription};
-use crate::wire::{
-    ControllerNotice, Deregistration, Heartbeat, HeartbeatMetrics, Phase, Registration, WorkerId, WorkerStatus, subject,
-};
+use crate::wire::{ControllerNotice, Deregistration, Registration, WorkerId, WorkerStatus, subject};
 
 /// Workers that are asked all at once answer within this time, each when it likes.
 const JITTER: Duration = Duration::from_millis(250);
-/// How many requests a heartbeat names; `metrics.activeRequests` counts all of them.
-const IDS: usize = 1000;
 
 /// How far a worker is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,8 +39,7 @@ pub(super) struct Membership {
     registration: Registration,
     heartbeat_interval: Duration,
     rivals: Rivals,
-    machine: Machine,
-    sequence: u64,
+    pulse: Pulse,
     hello: Subscription,
     controllers: Subscription,
     reregister: Subscription,
@@ -94,8 +88,7 @@ impl Membership {
             reregister: connection.subscribe(subject::reregister(&prefix, &registration.worker_id)).await?,
             registrations: connection.subscribe(subject::register(&prefix)).await?,
             rivals: Rivals::new(registration.incarnation.clone()),
-            machine: Machine::new(),
-            sequence: 0,
+            pulse: Pulse::new(desk.clone(), &registration),
             connection,
             desk,
             registration,
@@ -227,32 +220,7 @@ impl Membership {
     }
 
     async fn heartbeat(&mut self, status: WorkerStatus) -> Result<(), ControllerError> {
-        self.sequence += 1;
-        let Board { phase, loaded, loading, cached, .. } = self.desk.board.borrow().clone();
-        let census = self.desk.census(IDS);
-        let (cpu_usage_percent, memory_used_gb) = self.machine.read();
-        let heartbeat = Heartbeat {
-            worker_id: self.registration.worker_id.clone(),
-            incarnation: self.registration.incarnation.clone(),
-            sequence: self.sequence,
-            status,
-            timestamp: epoch_ms(),
-            metrics: HeartbeatMetrics {
-                cpu_usage_percent,
-                memory_used_gb,
-                gpu_utilization_percent: 0.0,
-                active_requests: count(census.active),
-                total_requests_handled: census.tally.handled,
-                avg_latency_ms: census.tally.mean_ms(),
-                models_loaded: loaded,
-            },
-            queue_depth: count(census.waiting),
-            active_request_ids: Some(census.active_ids),
-            tokens_generated: census.tally.tokens,
-            phase: if status == WorkerStatus::Draining { Phase::Draining } else { phase },
-            loading_models: loading,
-            cached_prefixes: cached.to_vec(),
-        };
+        let heartbeat = self.pulse.beat(status);
         publish(&self.connection, subject::heartbeat(self.connection.prefix()), &heartbeat).await
     }
 
@@ -283,10 +251,6 @@ pub(super) async fn publish(
 fn sooner(planned: Option<Instant>) -> Instant {
     let at = Instant::now() + JITTER.mul_f64(fastrand::f64());
     planned.map_or(at, |planned| planned.min(at))
-}
-
-fn count(number: usize) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 fn closed() -> ControllerError {

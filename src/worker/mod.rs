@@ -3,7 +3,8 @@
 //! | file | it does |
 //! |---|---|
 //! | `runtime`, `options` | the life of a worker: start, drain, stop |
-//! | `membership`, `rivals`, `machine`, `board` | what the fleet is told, and who else claims the same name |
+//! | `membership`, `rivals`, `pulse`, `machine`, `board` | what the fleet is told, and who else claims the same name |
+//! | `local` | the same for a controller of this process |
 //! | `intake` | where attempts come in |
 //! | `desk`, `cancels`, `liveness`, `tally` | order, places, deadlines, cancellations |
 //! | `job` | the engine's view of its work |
@@ -17,10 +18,12 @@ mod desk;
 mod intake;
 mod job;
 mod liveness;
+mod local;
 mod machine;
 mod membership;
 mod options;
 mod outbox;
+mod pulse;
 mod rivals;
 mod runtime;
 pub mod scripted;

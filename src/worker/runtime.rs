@@ -12,9 +12,11 @@ use tokio_util::task::AbortOnDropHandle;
 use super::desk::{Desk, Limits};
 use super::intake;
 use super::job::JobQueue;
+use super::local;
 use super::machine;
 use super::membership::{Membership, Stage};
 use super::options::{self, WorkerOptions};
+use super::pulse::Pulse;
 use crate::config::{ClusterConfig, NatsConfig};
 use crate::error::{ControllerError, ControllerErrorCode, epoch_ms};
 use crate::transport::LocalPort;
@@ -99,6 +101,7 @@ impl Worker {
         if !features.contains(&Feature::Cancel) {
             features.push(Feature::Cancel);
         }
+        let loading = Duration::from_millis(config.request_routing.model_load_timeout_ms);
         let registration = Registration {
             protocol: Some(PROTOCOL),
             worker_id: id.clone(),
@@ -124,7 +127,7 @@ impl Worker {
             nats: config.nats.clone(),
             heartbeat_interval: Duration::from_millis(config.discovery.heartbeat_interval_ms),
             unsaid: Duration::from_millis(config.request_routing.stream_total_timeout_ms),
-            desk: Desk::new(Limits { models, max_concurrent, max_queue }),
+            desk: Desk::new(Limits { models, max_concurrent, max_queue, loading }),
             state: watch::Sender::new(WorkerState::Idle),
             stop: watch::Sender::default(),
             fate: watch::Sender::default(),
@@ -394,18 +397,22 @@ impl Inner {
 
     async fn live_locally(self: Arc<Self>, port: LocalPort) {
         let _tasks = self.common_tasks(None);
-        let mut intake = AbortOnDropHandle::new(tokio::spawn(intake::from_port(self.desk.clone(), port)));
+        let pulse = Pulse::new(self.desk.clone(), &self.registration.lock());
+        let (stages, stage) = watch::channel(Stage::Serving);
+        let served = local::serve(self.desk.clone(), port, pulse, self.heartbeat_interval, stage);
+        let mut served = AbortOnDropHandle::new(tokio::spawn(served));
         let mut stop = self.stop.subscribe();
         let mut controller_gone = false;
         let why = tokio::select! {
             _ = stop.wait_for(Option::is_some) => Ok(()),
             error = self.engine_ended() => Err(error),
-            _ = &mut intake => {
+            _ = &mut served => {
                 controller_gone = true;
                 Ok(())
             }
         };
         self.state.send_replace(WorkerState::Draining);
+        stages.send_replace(Stage::Draining);
         self.finish_work(why.is_ok() && !controller_gone, Duration::ZERO).await;
         self.over(why);
     }

@@ -77,6 +77,15 @@ def ask(text: str = "Hello", **fields: Any) -> InferenceRequest:
     return InferenceRequest(**fields)
 
 
+#: An answer of the tiny model goes on to its limit, far off: the tokens that would end it are ruled out.
+ENDLESS: dict[str, Any] = {
+    "max_tokens": 1500,
+    "logit_bias": {
+        str(token): -100.0 for token in json.loads((MODEL / "config.json").read_text())["eos_token_id"]
+    },
+}
+
+
 async def failure(call: Awaitable[Any]) -> ControllerError:
     """The error that a call ends with."""
     try:

@@ -1,4 +1,4 @@
-"""Copies of the tiny model, whole and damaged, and loads that wait for a word."""
+"""Engines with several tiny models, copies of the model, whole and damaged, and loads that wait for a word."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from enginejobs import MODEL, PATIENCE
+from enginejobs import MODEL, PATIENCE, Running
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     import pytest
 
+BEES: Final = "Bees make honey."
 WEIGHTS: Final = (MODEL / "model.safetensors").stat().st_size
 
 
@@ -86,3 +87,26 @@ def memory_of_mlx() -> Callable[[], int]:
     mx.clear_cache()
     before = mx.get_active_memory()
     return lambda: mx.get_active_memory() - before
+
+
+def engine(*names: str, **options: Any) -> Running:
+    """An engine with the tiny model under these names, none of it loaded, and room for so many of them."""
+    from mlx_serving_router.mlx import MlxEngine
+
+    room = options.pop("room", None)
+    if room is not None:
+        # One and a half models more leave room for what answers need.
+        options |= {"memory_soft_bytes": int((room + 0.5) * WEIGHTS), "memory_hard_bytes": 100 * WEIGHTS}
+        options |= {"measure_memory": memory_of_mlx(), "prompt_cache_bytes": 0}
+    options.setdefault("pre_warm", [])
+    running = Running(MlxEngine(dict.fromkeys(names, MODEL), **options))
+    assert running.jobs.ready.wait(PATIENCE)
+    return running
+
+
+def bees(running: Running, name: str) -> str:
+    return running.ask("What do bees make?", model_id=name).text
+
+
+def loaded(running: Running) -> set[str]:
+    return set(running.jobs.reports[-1][1])

@@ -31,7 +31,7 @@ class Relay:
 
     async def open(self) -> None:
         """Listen: the first time on any free port, afterwards on the same."""
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         self._open = True
 
@@ -46,21 +46,30 @@ class Relay:
             await asyncio.wait(self._connections)
         await asyncio.sleep(0)  # what was aborted is closed in the loop's next turn
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # No coroutine: one that had not begun yet would be unknown to `cut`, and leave its connection open behind it.
         if not self._open:  # it came in the moment of the cut
             writer.transport.abort()
             return
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
+        connection = asyncio.create_task(self._connected(reader, writer))
+        self._connections.add(connection)
+
+        def over(_: object) -> None:
+            self._connections.discard(connection)
+            writer.transport.abort()  # here, because a task that is cancelled before it begins cleans nothing up
+
+        connection.add_done_callback(over)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         to_server = None
         try:
             from_server, to_server = await asyncio.open_connection("127.0.0.1", self._upstream)
             there = asyncio.create_task(_hand_on(reader, to_server))
             back = asyncio.create_task(_hand_on(from_server, writer))
             try:
-                done, _ = await asyncio.wait({there, back}, return_when=asyncio.FIRST_COMPLETED)
-                if there in done and back not in done:
+                await asyncio.wait({there, back}, return_when=asyncio.FIRST_COMPLETED)
+                # Not which of the two has ended: where the client is gone, writing to it fails as well as reading.
+                if not from_server.at_eof() and from_server.exception() is None:
                     self.left.set()
             finally:
                 there.cancel()
@@ -69,10 +78,8 @@ class Relay:
         except (OSError, asyncio.CancelledError):
             pass
         finally:
-            self._connections.discard(task)
-            for each in (writer, to_server):
-                if each is not None:
-                    each.transport.abort()
+            if to_server is not None:
+                to_server.transport.abort()
 
 
 async def _hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

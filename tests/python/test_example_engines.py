@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cluster import LOADING, MODEL, PATIENCE, ask, failure, read, received, routing, settings, text, until
+from cluster import (
+    ENDLESS,
+    LOADING,
+    MODEL,
+    PATIENCE,
+    ask,
+    failure,
+    read,
+    received,
+    routing,
+    settings,
+    text,
+    until,
+)
 from mlx_serving_router import ControllerError, ControllerNode, InferenceRequest, WorkerNode
 from programs import ROOT, load, program
 from relay import Relay
@@ -140,7 +153,7 @@ async def test_leaving_a_stream_hangs_up_on_the_server(
     nats: NatsServer, nats_prefix: str, server: int
 ) -> None:
     async with Relay(server) as relay, fleet(nats, nats_prefix, relay.port) as controller:
-        endless = ask("Tell me a story.", max_tokens=1500, temperature=4.0)
+        endless = ask("Tell me a story.", **ENDLESS)
         stream = await controller.handle_streaming_request(endless)
         async with stream:
             await anext(stream)
@@ -163,9 +176,7 @@ async def test_what_the_server_refuses_and_its_absence_have_codes_of_their_own(
     async with Relay(server) as relay, fleet(nats, nats_prefix, relay.port) as controller:
         refused = await failure(controller.handle_buffered_request(ask(logprobs=20)))
         assert (refused.code, "400" in refused.message) == ("REQUEST_VALIDATION_FAILED", True)
-        stream = await controller.handle_streaming_request(
-            ask("Tell me a story.", max_tokens=1500, temperature=4.0)
-        )
+        stream = await controller.handle_streaming_request(ask("Tell me a story.", **ENDLESS))
         await anext(stream)
         await relay.cut()
         _, error = await received(stream)

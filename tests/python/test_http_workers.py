@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from openai import AsyncOpenAI
 
-from cluster import ask, settings
+from cluster import ENDLESS, ask, settings
 from enginejobs import MODEL
 from mlx_serving_router import ControllerError, ControllerNode, WorkerNode
 from mlx_serving_router.fastapi import create_app
@@ -239,9 +239,7 @@ async def test_a_server_that_is_killed_is_made_up_for(pair: list[Server], tmp_pa
             await controller.wait_for_workers(2, timeout=PATIENCE)
             first = await controller.handle_buffered_request(ask("What do bees make?"))
             assert first.worker_id == "a"
-            stream = await controller.handle_streaming_request(
-                ask("Tell me a story.", max_tokens=4000, temperature=4.0)
-            )
+            stream = await controller.handle_streaming_request(ask("Tell me a story.", **ENDLESS))
             victim.kill()
             with pytest.raises(ControllerError) as broken:
                 async for _ in stream:

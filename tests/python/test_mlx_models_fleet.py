@@ -100,6 +100,30 @@ async def test_a_request_waits_for_its_model_however_short_its_own_limits_are(
     assert all(entry["failure_count"] == 0 for entry in controller.get_circuit_breaker_stats().values())
 
 
+async def test_a_controller_knows_that_a_worker_of_its_own_process_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx_serving_router.mlx import MlxEngine
+
+    held = HeldLoads(monkeypatch, "cold")
+    # The load takes longer than an answer may.
+    config = {"nats": {"mode": "none"}, "requestRouting": {"timeoutMs": 3000, "retry": {"enabled": False}}}
+    async with ControllerNode(config) as controller:
+        engine = MlxEngine({"cold": MODEL}, pre_warm=[])
+        await asyncio.to_thread(controller.add_local_worker, engine, models=["cold"])
+
+        def seen() -> tuple[str, list[str], list[str]]:
+            [worker] = controller.workers()
+            return worker.phase, worker.loaded_models, worker.loading_models
+
+        asked = ask("What do bees make?", model_id="cold")
+        answer = asyncio.create_task(controller.handle_buffered_request(asked))
+        await until(lambda: seen() == ("loading", [], ["cold"]), "it says that it loads")
+        asyncio.get_running_loop().call_later(3.5, held.let_go)
+        assert (await answer).text == BEES
+        await until(lambda: seen() == ("ready", ["cold"], []), "it is loaded")
+
+
 async def test_the_other_models_answer_while_one_is_loaded(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,5 +60,7 @@ def test_requests_with_the_same_parameters_share_a_sampler() -> None:
     first, second = (make_sampler(parameters(seed=None, top_k=7)) for _ in range(2))
     assert first is second
     assert first is not make_sampler(parameters(seed=None, top_k=8))
-    assert make_sampler(parameters(temperature=0.0)) is make_sampler(parameters(temperature=0.0, seed=None))
+    assert make_sampler(parameters(temperature=0.0)) is make_sampler(
+        parameters(temperature=0.0, seed=None, top_p=0.5, top_k=3, min_p=0.1)
+    )
     assert make_sampler(parameters()) is not make_sampler(parameters())

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 import nats as nats_py
 import pytest
 
-from cluster import LOADING, WorkerProcess, ask, failure, received, routing, served, settings, until
+from cluster import ENDLESS, LOADING, WorkerProcess, ask, failure, received, routing, served, settings, until
 from enginejobs import MODEL, Steps
 from mlx_serving_router import ControllerNode, WorkerNode
 from mlx_serving_router.nats_server import NatsServer
+from programs import program
 from rawcontroller import Fleet, heard
 from relay import Relay
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
 pytest.importorskip("mlx_lm")
 
 pytestmark = [pytest.mark.model, pytest.mark.nats]
 
-#: The tokens that would end an answer are ruled out, and 600 of the others are many.
-ENDLESS: dict[str, Any] = {
-    "max_tokens": 600,
-    "logit_bias": {
-        str(token): -100.0 for token in json.loads((MODEL / "config.json").read_text())["eos_token_id"]
-    },
-}
+#: 600 tokens are many.
+LASTING: dict[str, Any] = {**ENDLESS, "max_tokens": 600}
 LONG: list[dict[str, Any]] = [
-    {**ENDLESS},
-    {**ENDLESS, "temperature": 4.0, "seed": 1, "top_k": 200},
-    {**ENDLESS, "temperature": 4.0, "seed": 2, "min_p": 0.001},
+    {**LASTING},
+    {**LASTING, "temperature": 4.0, "seed": 1, "top_k": 200},
+    {**LASTING, "temperature": 4.0, "seed": 2, "min_p": 0.001},
 ]
 #: No limit but the test's own: a machine may be busy.
 PATIENT = routing(
@@ -210,3 +207,89 @@ async def test_a_second_signal_ends_it_at_once(
     for stream in streams:
         _, error = await received(stream)
         assert error is not None
+
+
+# === a load that hangs ===
+
+HUNG = """
+import logging, sys, threading
+from mlx_serving_router import ClusterConfig, WorkerNode
+from mlx_serving_router.mlx import MlxEngine
+from mlx_serving_router.mlx._models import LoadedModel
+
+logging.basicConfig()
+load = LoadedModel.load
+
+def held(name, location):
+    if name == "hung":
+        threading.Event().wait()  # as a download that nobody answers
+    return load(name, location)
+
+LoadedModel.load = held
+config = ClusterConfig.from_dict({
+    "nats": {"mode": "external", "serverUrl": sys.argv[1], "subjectPrefix": sys.argv[2]},
+    "discovery": {"heartbeatIntervalMs": 200},
+})
+models = dict.fromkeys(("warm", "cold", "hung"), sys.argv[3])
+engine = MlxEngine(models, pre_warm=["warm"], load_timeout=float(sys.argv[4]))
+WorkerNode(engine, config=config, worker_id="w").run(drain_timeout=float(sys.argv[5]))
+print("stopped")
+"""
+
+
+@pytest.fixture
+def hung(nats: NatsServer, nats_prefix: str, tmp_path: Path) -> Callable[..., Any]:
+    """Starts a worker, one of whose models never comes."""
+    script = tmp_path / "worker.py"
+    script.write_text(HUNG)
+
+    def start(*, load_timeout: float, drain_timeout: float) -> Any:
+        numbers = (str(load_timeout), str(drain_timeout))
+        return program(sys.executable, script, nats.url, nats_prefix, MODEL, *numbers, scratch=tmp_path)
+
+    return start
+
+
+async def test_a_load_that_hangs_is_told_of_and_leaves_the_worker_of_use(
+    nats: NatsServer, nats_prefix: str, hung: Callable[..., Any]
+) -> None:
+    with hung(load_timeout=5.0, drain_timeout=30.0) as worker:
+        async with ControllerNode(settings(nats.url, nats_prefix, **PATIENT)) as controller:
+            await controller.wait_for_workers(1, timeout=LOADING)
+            error = await failure(controller.handle_buffered_request(ask(model_id="hung"), worker_id="w"))
+            assert (error.code, "not loaded after 5 s" in error.message) == ("MODEL_LOAD_FAILED", True)
+            worker.line_with("'hung'", "not loaded after 5 s")
+            for name in ("warm", "cold"):
+                assert (await controller.handle_buffered_request(ask(model_id=name))).text.startswith(
+                    "Hello!"
+                )
+            info = controller.worker("w")
+            assert info is not None
+            assert (info.phase, info.loaded_models, info.loading_models) == ("ready", ["warm", "cold"], [])
+            running = await controller.handle_streaming_request(ask(model_id="warm", **LASTING))
+            worker.send(signal.SIGTERM)
+            got, interrupted = await received(running)
+            assert (got != "", interrupted) == (True, None)
+        assert worker.ends() == 0, worker.output
+        assert "stopped" in worker.output
+        worker.line_with("model hung", "nobody waits for it")
+
+
+async def test_a_worker_ends_while_requests_wait_for_a_load_that_hangs(
+    nats: NatsServer, nats_prefix: str, hung: Callable[..., Any]
+) -> None:
+    with hung(load_timeout=600.0, drain_timeout=0.5) as worker:
+        async with ControllerNode(settings(nats.url, nats_prefix, **PATIENT)) as controller:
+            await controller.wait_for_workers(1, timeout=LOADING)
+            waiting = asyncio.create_task(
+                failure(controller.handle_buffered_request(ask(model_id="hung"), worker_id="w"))
+            )
+
+            def loading() -> bool:
+                info = controller.worker("w")
+                return info is not None and info.loading_models == ["hung"]
+
+            await until(loading, "it says that it loads")
+            worker.send(signal.SIGTERM)
+            assert (await waiting).code == "WORKER_UNAVAILABLE"
+        assert worker.ends() == 0, worker.output

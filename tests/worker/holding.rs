@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use mlx_serving_router::transport::Mailbox;
-use mlx_serving_router::wire::{Phase, Priority};
+use mlx_serving_router::wire::{Phase, Priority, Reply};
 use mlx_serving_router::worker::WorkerOptions;
 
-use super::{Local, accepted, error, finish, options, request, silent};
+use super::{Local, accepted, error, finish, options, reply, request, silent};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -77,7 +77,7 @@ async fn whoever_waits_for_a_job_gets_it_when_its_model_is_loaded() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_time_of_an_attempt_does_not_run_while_its_model_is_loaded() {
+async fn an_attempt_has_the_time_that_it_came_with_once_its_model_is_loaded() {
     let local = two_models(1).await;
     let limit = Duration::from_secs(4);
     let mut before = ask_for(&local, "before", "big", Priority::Normal, limit).await;
@@ -86,7 +86,7 @@ async fn the_time_of_an_attempt_does_not_run_while_its_model_is_loaded() {
     loading(&local, &["big"]);
     let mut meanwhile = ask_for(&local, "meanwhile", "big", Priority::Normal, limit).await;
     accepted(&mut meanwhile).await;
-    tokio::time::sleep(MINUTE * 3).await;
+    tokio::time::sleep(MINUTE).await;
     assert!(silent(&mut before).await && silent(&mut meanwhile).await);
     let start = tokio::time::Instant::now();
     loading(&local, &[]);
@@ -94,6 +94,28 @@ async fn the_time_of_an_attempt_does_not_run_while_its_model_is_loaded() {
         assert_eq!(error(mailbox).await.0, "WORKER_TIMEOUT");
         assert_eq!(start.elapsed().as_secs(), 4, "each has the time that it came with");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_does_not_come_holds_nobody_longer_than_loading_may_take() {
+    let local = two_models(1).await; // modelLoadTimeoutMs: 120 s
+    let mut before = ask_for(&local, "before", "big", Priority::Normal, MINUTE).await;
+    accepted(&mut before).await;
+    let job = local.job().await;
+    loading(&local, &["big"]);
+    job.put_back();
+    let start = tokio::time::Instant::now();
+    tokio::time::sleep(MINUTE).await;
+    let mut meanwhile = ask_for(&local, "meanwhile", "big", Priority::Normal, Duration::from_secs(1)).await;
+    accepted(&mut meanwhile).await;
+    for (mailbox, after) in [(&mut before, 120), (&mut meanwhile, 180)] {
+        tokio::time::sleep_until(start + Duration::from_secs(after - 1)).await;
+        assert!(silent(mailbox).await);
+        let Reply::Error { message, code, .. } = reply(mailbox).await else { panic!("it was to end badly") };
+        assert_eq!((code.as_deref(), start.elapsed().as_secs()), (Some("WORKER_TIMEOUT"), after));
+        assert!(message.contains("modelLoadTimeoutMs: 120000"), "{message}");
+    }
+    assert!(local.worker.jobs().waiting_models().is_empty());
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@
 mod desk;
 mod fleet;
 mod holding;
+mod local;
 mod nats;
 mod outages;
 mod scripted;

@@ -7,8 +7,11 @@ that is the worker's runtime (`mlx_serving_router.engine` has the protocol).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -18,11 +21,14 @@ from mlx_serving_router.mlx._scan import scan_folder, scan_hugging_face_cache
 from mlx_serving_router.mlx._service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mlx_serving_router.engine import JobQueue
     from mlx_serving_router.mlx._models import Location
     from mlx_serving_router.mlx._scan import FoundModel
+
+#: Seconds for which another thread may keep the interpreter while an engine wants it (`sys.setswitchinterval`).
+_SWITCH_SECONDS: Final = 0.0005
 
 
 class MlxEngine:
@@ -160,6 +166,8 @@ class MlxEngine:
     def run(self, jobs: JobQueue) -> None:
         """Load the models, answer jobs until the queue is closed, free everything: all on the calling thread.
 
+        Meanwhile the threads of this process hand the interpreter on sooner than usual (`sys.setswitchinterval`).
+
         Raises:
             ModelLoadError: Each of the models was to be loaded at the start, and none can be. Nothing stays loaded.
         """
@@ -182,7 +190,8 @@ class MlxEngine:
             load_timeout=self._load_timeout,
         )
         try:
-            self._service.serve(self._pre_warm, ready_at_once=self._register_when == "warming")
+            with _switching_soon():
+                self._service.serve(self._pre_warm, ready_at_once=self._register_when == "warming")
         finally:
             self._service.close()
             self._service = None
@@ -196,6 +205,34 @@ class MlxEngine:
         service = self._service
         phase = None if service is None else service.phase
         return f"MlxEngine({places!r}, max_tokens={self._max_tokens}, phase={phase!r})"
+
+
+#: How many engines run in this process, and the interval that the first of them has found.
+_running = 0
+_interval_before = 0.0
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _switching_soon() -> Iterator[None]:
+    """Within this block nobody who computes in Python keeps an engine waiting for long.
+
+    An engine lets go of the interpreter and takes it again several times in each step of a few milliseconds; beside a
+    thread that wants it all the time, such as one that loads a model, it would wait for 5 ms each time.
+    """
+    global _running, _interval_before  # noqa: PLW0603 there is one interval for each process
+    with _lock:
+        if _running == 0:
+            _interval_before = sys.getswitchinterval()
+            sys.setswitchinterval(min(_interval_before, _SWITCH_SECONDS))
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                sys.setswitchinterval(_interval_before)
 
 
 def _check_installed() -> None:

@@ -84,6 +84,8 @@ class LoadedModel:
             model, tokenizer, config = mlx_lm.load(place, return_config=True)
             vocabulary = _logits_of_one_token(model)
             evaluate(model)
+            # The first time may change the tokenizer's settings, which must not be while another thread uses it.
+            tokenizer.encode("a", add_special_tokens=False)
             nbytes = _weights_of(model)
         except Exception as error:
             if is_hub_id(location):

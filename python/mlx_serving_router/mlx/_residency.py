@@ -35,6 +35,8 @@ CROWDED_FOR: Final = 2.0
 _LOOK_AGAIN: Final = 0.05
 #: Seconds that a load may take to end when the engine does.
 _LAST_LOAD: Final = 5.0
+#: Seconds after which the log tells of a load that is not over; after twice as many it does again, and so on.
+_LONG_LOAD: Final = 60.0
 
 
 class NoRoomError(RuntimeError):
@@ -87,6 +89,7 @@ class Models:
         self._failures: dict[str, _Failure] = {}
         self._crowded: dict[str, float] = {}
         self._look_at = 0.0
+        self._told_of_load = _LONG_LOAD  # how long the load had taken by then when the log tells of it next
         self._cleared: object = None  # the occasion on which memory was given back last
 
     @property
@@ -162,6 +165,11 @@ class Models:
             self._late.append(load)
             words = f"it is not loaded after {self._load_timeout:g} s"
             self._fail(ModelLoadError(load.name, os.fspath(load.location), words), now)
+        if self._load is not None and now - self._load.began > self._told_of_load:
+            self._told_of_load *= 2
+            logger.warning(
+                "model %s is still being loaded, after %.0f s", self._load.name, now - self._load.began
+            )
         if self._load is None and self._wanted and now >= self._look_at:
             self._look_at = now + _LOOK_AGAIN
             self._begin(busy(), now)
@@ -229,6 +237,7 @@ class Models:
                 # What is pre-warmed pushes nobody out.
                 if self._make_room(name, self._loaded if since is None else busy, now):
                     self._load = Load(name, self._locations[name])
+                    self._told_of_load = _LONG_LOAD
                     del self._wanted[name]
                     return
             except ModelLoadError as error:

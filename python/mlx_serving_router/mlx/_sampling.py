@@ -27,8 +27,10 @@ def make_sampler(parameters: Parameters, first: int = 0) -> Sampler:
         parameters: Of the request.
         first: The place of the first token that it is to draw.
     """
+    if parameters.temperature == 0:
+        return _shared(0.0, 1.0, 0.0, 0)  # the filters leave the most likely token, whatever they are set to
     how = (parameters.temperature, parameters.top_p, parameters.min_p, parameters.top_k)
-    if parameters.temperature == 0 or parameters.seed is None:
+    if parameters.seed is None:
         return _shared(*how)
     return _seeded(*how, seed=parameters.seed, first=first)
 

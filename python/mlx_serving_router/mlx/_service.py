@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving_router.mlx._answer import Answer, fail
@@ -16,11 +17,12 @@ from mlx_serving_router.mlx._cache import PromptCaches
 from mlx_serving_router.mlx._models import ModelLoadError
 from mlx_serving_router.mlx._outgoing import Outgoing
 from mlx_serving_router.mlx._prompt import prompt_tokens
+from mlx_serving_router.mlx._reading import Reading, is_long
 from mlx_serving_router.mlx._request import InvalidRequestError, Parameters
 from mlx_serving_router.mlx._residency import Models, NoRoomError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Literal
 
     from mlx_serving_router.engine import EnginePhase, Job, JobQueue
@@ -32,9 +34,12 @@ logger = logging.getLogger("mlx_serving_router.mlx")
 #: Seconds between two reports of what the caches hold, while there is work; and how many hashes a heartbeat has.
 _TELL_EVERY: Final = 1.0
 _MOST_PREFIXES: Final = 256
-#: Seconds between two looks: at a model that is being loaded, while there is no work; at the memory.
+#: Seconds between two looks: at a model that is being loaded or a prompt that is being read, while there is no work; at
+#: the memory.
 _LOOK_AT_LOADS: Final = 0.01
 _MEASURE_EVERY: Final = 0.25
+#: Seconds that the reading of a prompt may take to end when the engine does.
+_LAST_READING: Final = 5.0
 
 
 class Service:
@@ -80,6 +85,7 @@ class Service:
         self._caches = PromptCaches(prompt_cache_bytes)
         self._outgoing = Outgoing(jobs)
         self._batches: dict[str, Batch] = {}
+        self._readings: list[Reading] = []
         self._told_version, self._told_at = -1, 0.0  # the caches that were told of last, and when
         self._told: object = None  # phase and models that were told of last
         self._ready = False
@@ -123,11 +129,15 @@ class Service:
                 del job  # a job is over when nobody holds it; the next one may be long in coming
                 active = self._active()
             self._to_measure |= active > 0 or self._models.pending
+            self._begin_read()
             self._step()
             active = self._active()
 
     def close(self) -> None:
         """Let go of everything: what was computed, and the models."""
+        for reading in self._readings:
+            reading.wait(_LAST_READING)
+        self._readings.clear()
         for batch in self._batches.values():
             batch.close()
         self._batches.clear()
@@ -188,8 +198,17 @@ class Service:
         if model is None:
             self._send_for(job)
             return
+        if is_long(job.request):
+            try:
+                self._readings.append(Reading(job, model, partial(self._answer, job, model)))
+                return
+            except RuntimeError:  # there is no thread to be had
+                pass
+        self._begin(job, model, partial(self._answer, job, model))
+
+    def _begin(self, job: Job, model: LoadedModel, read: Callable[[], Answer]) -> None:
         try:
-            answer = self._answer(job, model)
+            answer = read()
         except InvalidRequestError as error:
             job.error("REQUEST_VALIDATION_FAILED", str(error))
             return
@@ -201,6 +220,16 @@ class Service:
             self._batch(model).add(answer)
         else:
             self._outgoing.flush()
+
+    def _begin_read(self) -> None:
+        """Let those join whose long prompt has been read. Where nobody else is answered, wait for it for a moment."""
+        if self._readings and not any(map(len, self._batches.values())):
+            self._readings[0].wait(_LOOK_AT_LOADS)
+        for reading in [reading for reading in self._readings if reading.done]:
+            self._readings.remove(reading)
+            reading.wait(_LAST_READING)  # its thread has nothing left to do but to end
+            if not reading.job.cancelled:
+                self._begin(reading.job, reading.model, reading.result)
 
     def _send_for(self, job: Job) -> None:
         """Have a job's model loaded; the job waits for it in the queue."""
@@ -236,13 +265,14 @@ class Service:
         return self._batches[model.name]
 
     def _active(self) -> int:
-        return sum(map(len, self._batches.values()))
+        return sum(map(len, self._batches.values())) + len(self._readings)
 
     # === memory ===
 
     def _busy(self) -> set[str]:
         """The models that have requests, running or waiting."""
         running = {name for name, batch in self._batches.items() if len(batch)}
+        running.update(reading.model.name for reading in self._readings)
         return running.union(self._jobs.waiting_models)
 
     def _release(self, name: str) -> None:

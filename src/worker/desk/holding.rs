@@ -1,7 +1,7 @@
-//! Attempts whose model is on its way into memory: they wait where they are, and their time does not run.
+//! Attempts whose model is on its way into memory: they wait where they are, and have the time for loading instead of their own.
 //!
-//! A worker that loads a model is busy, not late. The controllers know from its heartbeats and allow for it; once the model is
-//! there, an attempt has the time that it came with.
+//! A worker that loads a model is busy, not late. The controllers know from its heartbeats and allow for it, up to
+//! `modelLoadTimeoutMs`; so does the desk. Once the model is there, an attempt has the time that it came with.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -26,8 +26,8 @@ impl Desk {
         for taken in live {
             let model = &taken.request.model_id;
             match (before.contains(model), loading.contains(model)) {
-                (false, true) => floor.stop_clock(&taken),
-                (true, false) => floor.start_clock(&taken, now),
+                (false, true) => floor.start_clock(&taken, now, self.limits.loading),
+                (true, false) => floor.start_clock(&taken, now, taken.timeout),
                 _ => {}
             }
         }
