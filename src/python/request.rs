@@ -160,7 +160,11 @@ impl PyInferenceRequest {
 
     /// The dictionary of the wire, with camelCase keys and without what is not set.
     fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        json::to_python(py, &*self.0)
+        let fields = json::to_python(py, &*self.0)?;
+        if let Some(other) = &self.0.unknown_priority {
+            fields.set_item("priority", other)?;
+        }
+        Ok(fields)
     }
 
     /// Names the request everywhere.

@@ -87,7 +87,7 @@ async def test_what_is_no_priority_is_refused_when_it_is_awaited() -> None:
     request = InferenceRequest(model_id="tiny", prompt="Hello", priority="urgent")  # type: ignore[arg-type]
     assert InferenceRequest.from_dict(request.to_dict()) == request
     async with ControllerNode(LOCAL) as controller:
-        with pytest.raises(ControllerError, match=r'priority is "urgent"; high, normal or low is right') as caught:
+        with pytest.raises(ControllerError, match=r'priority: is "urgent"; high, normal or low is right') as caught:
             await controller.handle_buffered_request(request)
     assert caught.value.code == "REQUEST_VALIDATION_FAILED"
 
