@@ -47,6 +47,19 @@ async fn an_answer_that_is_cut_is_never_taken_for_one() {
 }
 
 #[tokio::test]
+async fn a_kept_connection_that_turns_out_to_be_closed_is_nobodys_failure() {
+    let mut script = good(&["a", "b"]);
+    script.pop();
+    script.push(Act::Hear);
+    let server = Server::start(&script).await;
+    let controller = alone(&server, json!({})).await;
+    for _ in 0..3 {
+        buffered(&controller).await.unwrap();
+    }
+    assert_eq!(server.asked().len(), 3);
+}
+
+#[tokio::test]
 async fn another_server_is_asked_when_one_breaks() {
     for broken in [
         vec![],

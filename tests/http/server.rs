@@ -27,6 +27,8 @@ pub enum Act {
     Reset,
     /// Waits for the next request on this connection.
     Keep,
+    /// Waits for it, and closes the connection in place of an answer.
+    Hear,
 }
 
 /// What a client asked.
@@ -195,6 +197,10 @@ async fn perform(stream: &mut TcpStream, script: Vec<Act>, shared: &Shared) -> b
                 return false;
             }
             Act::Keep => return true,
+            Act::Hear => {
+                read(stream, &mut Vec::new()).await;
+                return false;
+            }
         };
         if left {
             shared.left.send_modify(|count| *count += 1);

@@ -87,7 +87,9 @@ async def test_what_is_no_priority_is_refused_when_it_is_awaited() -> None:
     request = InferenceRequest(model_id="tiny", prompt="Hello", priority="urgent")  # type: ignore[arg-type]
     assert InferenceRequest.from_dict(request.to_dict()) == request
     async with ControllerNode(LOCAL) as controller:
-        with pytest.raises(ControllerError, match=r'priority: is "urgent"; high, normal or low is right') as caught:
+        with pytest.raises(
+            ControllerError, match=r'priority: is "urgent"; high, normal or low is right'
+        ) as caught:
             await controller.handle_buffered_request(request)
     assert caught.value.code == "REQUEST_VALIDATION_FAILED"
 
@@ -111,7 +113,7 @@ async def test_urls_may_bring_credentials(authorization: list[str], login: str) 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [nats_server.find_program(), "-a", "127.0.0.1", "-p", str(port), *authorization]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:  # noqa: ASYNC220 nothing waits
         try:
             assert server.stderr is not None
             while "Server is ready" not in server.stderr.readline():

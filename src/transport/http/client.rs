@@ -4,17 +4,20 @@ use std::error::Error as _;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, SizeHint};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::http::Extensions;
 use hyper::http::uri::Scheme;
-use hyper::{Request, Uri};
+use hyper::{Request, Response, Uri};
 use hyper_rustls::HttpsConnector;
-use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::{HttpConnector, HttpInfo};
 use hyper_util::client::legacy::{Builder, Client as Pool, Error, ResponseFuture};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use parking_lot::Mutex;
 
 use super::answer::protocol_error;
 use super::server::Work;
@@ -23,9 +26,11 @@ use crate::transport::{Delivery, Postbox};
 use crate::wire::Reply;
 
 /// Connections that are kept for each server while nobody uses them, and for how long. Servers that close them after five
-/// seconds are common: one that is closed while a request is on its way fails that request.
+/// seconds are common: a request that meets such an end is sent again, and costs twice the time.
 const IDLE_MOST: usize = 256;
 const IDLE_LONGEST: Duration = Duration::from_secs(4);
+/// How many connections a request is sent on at most, while each turns out to be closed.
+const TRIES: u32 = 4;
 /// So much of a head, or of a body that nobody reads, is kept at most.
 const BUFFER: usize = 128 * 1024;
 /// A connection whose other end has vanished is noticed after a minute: so long it is quiet, and then asked so often.
@@ -38,13 +43,18 @@ pub(super) struct Client {
     /// Where a server wants it: the certificates of the machine are read for it.
     secure: Option<Pool<HttpsConnector<HttpConnector>, Payload>>,
     connect_limit: Duration,
+    answered: Answered,
 }
 
-/// The body of a request. Once there is a connection and the body is written to it, whoever waits is told so.
+/// The body of a request. Once there is a connection and the body is written to it, whoever waits is told so, once.
+#[derive(Clone)]
 pub(super) struct Payload {
     bytes: Bytes,
-    begun: Option<(Postbox, Arc<Work>)>,
+    begun: Arc<Mutex<Option<(Postbox, Arc<Work>)>>>,
 }
+
+/// The connections that have brought an answer, by their ports on this machine, a bit each.
+struct Answered(Box<[AtomicU64; 1024]>);
 
 // === impl Client ===
 
@@ -67,11 +77,40 @@ impl Client {
             let tls = hyper_rustls::HttpsConnectorBuilder::new().with_native_roots()?.https_only().enable_http1();
             secure = Some(builder().build(tls.wrap_connector(connector)));
         }
-        Ok(Self { plain: builder().build(connector), secure, connect_limit })
+        Ok(Self { plain: builder().build(connector), secure, connect_limit, answered: Answered::default() })
     }
 
-    /// Sends a request. Where a kept connection turns out to be closed before anything was written to it, another one is taken.
-    pub(super) fn send(&self, request: Request<Payload>) -> ResponseFuture {
+    /// Sends a request. Where a kept connection turns out to be closed before anything came back, another one is taken: servers
+    /// close them when they like, and what is on its way then is not meant.
+    pub(super) async fn send(&self, request: Request<Payload>) -> Result<Response<Incoming>, Error> {
+        let mut tries = TRIES;
+        loop {
+            tries -= 1;
+            match self.send_once(request.clone()).await {
+                Ok(response) => {
+                    if let Some(port) = port(response.extensions()) {
+                        self.answered.note(port);
+                    }
+                    return Ok(response);
+                }
+                Err(error) if tries > 0 && self.was_kept(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Whether a connection that had brought an answer before ended without another one.
+    fn was_kept(&self, error: &Error) -> bool {
+        let closed = find::<hyper::Error>(error).is_some_and(hyper::Error::is_incomplete_message)
+            || find::<io::Error>(error).is_some_and(|error| is_end(error.kind()));
+        let mut extras = Extensions::new();
+        if let Some(connection) = error.connect_info() {
+            connection.get_extras(&mut extras);
+        }
+        closed && port(&extras).is_some_and(|port| self.answered.forget(port))
+    }
+
+    fn send_once(&self, request: Request<Payload>) -> ResponseFuture {
         match &self.secure {
             Some(secure) if request.uri().scheme() == Some(&Scheme::HTTPS) => secure.request(request),
             _ => self.plain.request(request),
@@ -133,6 +172,15 @@ fn is_lack(error: &io::Error) -> bool {
         || matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::NetworkDown)
 }
 
+fn is_end(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe)
+}
+
+/// Where a connection begins on this machine.
+fn port(of: &Extensions) -> Option<u16> {
+    of.get::<HttpInfo>().map(|info| info.local_addr().port())
+}
+
 /// The cause of this type.
 fn find<T: std::error::Error + 'static>(error: &Error) -> Option<&T> {
     causes(error).find_map(|cause| cause.downcast_ref())
@@ -146,17 +194,37 @@ fn causes(error: &Error) -> impl Iterator<Item = &(dyn std::error::Error + 'stat
     std::iter::successors(error.source(), |&cause| cause.source())
 }
 
+// === impl Answered ===
+
+impl Default for Answered {
+    fn default() -> Self {
+        Self(Box::new([const { AtomicU64::new(0) }; 1024]))
+    }
+}
+
+impl Answered {
+    fn note(&self, port: u16) {
+        self.0[usize::from(port / 64)].fetch_or(1 << (port % 64), Ordering::Relaxed);
+    }
+
+    /// Whether it was known. A later connection from the same port is another one.
+    fn forget(&self, port: u16) -> bool {
+        let bit = 1 << (port % 64);
+        self.0[usize::from(port / 64)].fetch_and(!bit, Ordering::Relaxed) & bit != 0
+    }
+}
+
 // === impl Payload ===
 
 impl Payload {
     /// A body, and who is to know when it is on its way.
     pub(super) fn new(bytes: Vec<u8>, postbox: Postbox, work: Arc<Work>) -> Self {
-        Self { bytes: bytes.into(), begun: Some((postbox, work)) }
+        Self { bytes: bytes.into(), begun: Arc::new(Mutex::new(Some((postbox, work)))) }
     }
 
     /// None at all.
     pub(super) fn empty() -> Self {
-        Self { bytes: Bytes::new(), begun: None }
+        Self { bytes: Bytes::new(), begun: Arc::default() }
     }
 }
 
@@ -165,7 +233,8 @@ impl Body for Payload {
     type Error = std::convert::Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        if let Some((postbox, work)) = self.begun.take() {
+        let begun = self.begun.lock().take();
+        if let Some((postbox, work)) = begun {
             work.take();
             postbox.post(Delivery::Reply(Reply::Accepted { queue_position: 0 }));
         }
@@ -185,6 +254,16 @@ impl Body for Payload {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_connection_is_known_until_it_is_forgotten() {
+        let answered = Answered::default();
+        for port in [0, 63, 64, u16::MAX] {
+            assert!(!answered.forget(port));
+            answered.note(port);
+            assert!(answered.forget(port) && !answered.forget(port), "{port}");
+        }
+    }
 
     #[test]
     fn what_this_machine_lacks_is_no_servers_fault() {

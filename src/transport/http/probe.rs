@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use hyper::header::{AUTHORIZATION, USER_AGENT};
+use hyper::header::{AUTHORIZATION, CONNECTION, HeaderValue, USER_AGENT};
 use hyper::{Request, StatusCode, Uri};
 use serde::Deserialize;
 use tokio::time::timeout;
@@ -109,6 +109,8 @@ impl HttpTransport {
         let mut request = Request::new(Payload::empty());
         *request.uri_mut() = uri.clone();
         request.headers_mut().insert(USER_AGENT, AGENT);
+        // A connection of its own: one that requests leave behind may be closed by now, which says nothing of the server.
+        request.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         if let Some(key) = &server.key {
             request.headers_mut().insert(AUTHORIZATION, key.clone());
         }
