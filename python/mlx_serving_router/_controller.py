@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from mlx_serving_router import _logs, _native
+from mlx_serving_router import _exposition, _logs, _native
 from mlx_serving_router._config import as_config
 from mlx_serving_router._errors import ControllerError, ControllerErrorCode, ControllerState
 from mlx_serving_router.nats_server import NatsServer, NatsServerError
@@ -339,9 +339,14 @@ class ControllerNode:
             raise ValueError(f"limit is {limit}; a number of at least 0 is right")
         return self._native.all_request_metrics(limit)
 
-    def metrics_text(self) -> str:
-        """Numbers for Prometheus, in its text format."""
-        return self._native.metrics_text()
+    def metrics_text(self, *, openmetrics: bool = False) -> str:
+        """Numbers for Prometheus.
+
+        Args:
+            openmetrics: In the format OpenMetrics; else in the older text format (0.0.4) that everybody reads.
+        """
+        text = self._native.metrics_text()
+        return text if openmetrics else _exposition.classic(text)
 
     def events(self) -> ControllerEvents:
         """What happens from now on: workers that come and go, breakers, failovers. Ends when the controller stops."""

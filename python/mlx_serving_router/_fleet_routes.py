@@ -46,28 +46,9 @@ async def ready(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus: OpenMetrics for those who accept it, its older format for all others."""
-    text = get_controller(request).metrics_text()
-    if _OPENMETRICS in request.headers.get("accept", ""):
-        return Response(text, media_type=_OPENMETRICS_TYPE)
-    return Response(classic(text), media_type=_CLASSIC_TYPE)
-
-
-def classic(openmetrics: str) -> str:
-    """The same in the older text format, which names counters with their `_total` and knows no units and no end."""
-    lines = openmetrics.splitlines()
-    counters = {
-        words[2]
-        for words in (line.split(" ", 3) for line in lines if line.startswith("# TYPE "))
-        if words[3] == "counter"
-    }
-    text = []
-    for line in lines:
-        if not line.startswith("#"):
-            text.append(line)
-        elif line.startswith(("# HELP ", "# TYPE ")):
-            mark, kind, name, rest = line.split(" ", 3)
-            text.append(f"{mark} {kind} {name}{'_total' if name in counters else ''} {rest}")
-    return "\n".join(text) + "\n"
+    newer = _OPENMETRICS in request.headers.get("accept", "")
+    text = get_controller(request).metrics_text(openmetrics=newer)
+    return Response(text, media_type=_OPENMETRICS_TYPE if newer else _CLASSIC_TYPE)
 
 
 async def controller_metrics(request: Request) -> Response:

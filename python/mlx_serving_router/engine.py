@@ -60,7 +60,8 @@ class Engine(Protocol):
         while the thread's storage is destroyed. `threading.Thread.join` of Python 3.11 and 3.12 returns before that,
         and an interpreter that exits in between aborts.
 
-        The engine calls `jobs.report("ready", ...)` when it can take work. An exception before that makes
+        The engine calls `jobs.report("ready", ...)` when it can take work; one that waits for a job without having
+        reported anything is taken to be ready. An exception before that makes
         `WorkerNode.start()` raise it. An exception after it ends the worker: what concerns a single request
         belongs into that job's `error` instead.
         """

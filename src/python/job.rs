@@ -47,6 +47,9 @@ impl PyJobQueue {
     fn get(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<PyJob>> {
         let mut left = timeout.map(seconds).transpose()?;
         let jobs = self.0.get()?;
+        if left.is_none() {
+            jobs.report_waiting();
+        }
         loop {
             let slice = left.map_or(SIGNALS_EVERY, |left| left.min(SIGNALS_EVERY));
             // A look costs less than letting go of the interpreter, which a busy thread may keep for long.
@@ -65,6 +68,7 @@ impl PyJobQueue {
     /// The next job, awaited; `None` when the queue is closed.
     fn next<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let jobs = self.0.get()?.clone();
+        jobs.report_waiting();
         bridge::awaitable_with(py, async move { jobs.next().await }, |py, job| match job {
             Some(job) => PyJob::new(py, job)?.into_pyobject(py).map(|job| job.into_any().unbind()),
             None => Ok(py.None()),

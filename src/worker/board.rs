@@ -15,6 +15,8 @@ pub(super) struct Board {
     pub(super) loading: Vec<String>,
     /// Hashes of the prompts in its caches.
     pub(super) cached: Arc<[String]>,
+    /// It has said anything at all.
+    pub(super) has_spoken: bool,
     /// It has said that it can take work.
     pub(super) was_ready: bool,
     /// It has ended, with an error where there is one.

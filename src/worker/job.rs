@@ -68,12 +68,20 @@ impl JobQueue {
         self.0.hold_for(&loading);
         self.0.board.send_if_modified(|board| {
             let mut next = board.clone();
+            next.has_spoken = true;
             next.was_ready |= phase == Phase::Ready;
             (next.phase, next.loaded, next.loading) = (phase, loaded, loading);
             let changed = next != *board;
             *board = next;
             changed
         });
+    }
+
+    /// Whoever waits for work without having reported anything is ready for it.
+    pub fn report_waiting(&self) {
+        if !self.0.board.borrow().has_spoken {
+            self.report(Phase::Ready, Vec::new(), Vec::new());
+        }
     }
 
     /// Which prompts the engine's caches hold, as hashes of [`PrefixHashes`](crate::wire::PrefixHashes): heartbeats say so from the next one

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from mlx_serving_router import (
     CircuitState,
@@ -440,6 +441,10 @@ async def test_numbers_for_prometheus() -> None:
     async with ControllerNode(config()) as controller:
         controller.add_local_worker(tiny, models=["tiny"])
         await controller.handle_buffered_request(asked())
-        text = controller.metrics_text()
-        assert "mlx_router_" in text
-        assert text.endswith("# EOF\n")
+        families = {
+            family.name: family for family in text_string_to_metric_families(controller.metrics_text())
+        }
+        requests = families["mlx_router_requests"]
+        assert requests.type == "counter"
+        assert [sample.value for sample in requests.samples] == [1]
+        assert controller.metrics_text(openmetrics=True).endswith("# EOF\n")

@@ -74,6 +74,17 @@ class Echo:
             job.done("length", prompt_tokens=len(words), cached_tokens=1)
 
 
+class Terse:
+    """An engine that reports nothing."""
+
+    models = ("terse",)
+
+    def run(self, jobs: JobQueue) -> None:
+        while (job := jobs.get()) is not None:
+            job.token("so")
+            job.done("stop")
+
+
 async def echo(request: InferenceRequest) -> AsyncIterator[str | TokenEvent]:
     for number, word in enumerate((request.prompt or "").split()):
         yield TokenEvent(word, token_ids=[number])
@@ -81,6 +92,13 @@ async def echo(request: InferenceRequest) -> AsyncIterator[str | TokenEvent]:
 
 
 # === engines ===
+
+
+async def test_an_engine_that_waits_for_work_is_ready() -> None:
+    async with ControllerNode({"nats": {"mode": "none"}}) as controller:
+        controller.add_local_worker(Terse(), models=["terse"])
+        request = InferenceRequest(model_id="terse", prompt="x")
+        assert (await controller.handle_buffered_request(request)).text == "so"
 
 
 async def test_an_engine_answers_in_the_order_of_the_wire(fleet: Fleet) -> None:
