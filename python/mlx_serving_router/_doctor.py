@@ -68,6 +68,7 @@ def examine(
     yield from _versions()
     try:
         config = _command.changed(_command.load(path), changes)
+        _command.check(config, path)
     except ConfigError as error:
         yield Finding("wrong", "config", f"{error}; mlx-serving-router config schema tells all keys")
         return

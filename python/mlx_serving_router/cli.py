@@ -205,6 +205,7 @@ def serve(
 
         changes = _command.changes(nats=nats, prefix=prefix, host=host, port=port)
         settings = _command.changed(_command.load(config), changes)
+        _command.check(settings, config)
         shown = settings.to_dict()
         _logging.configure(shown["logging"], name="controller", debug=debug)
         address = _serve.listen(shown["controller"]["bindAddress"], shown["controller"]["port"])
@@ -245,6 +246,7 @@ def up(
             # Nobody has to know where the server is.
             changes.setdefault("nats", {})["embedded"] = {"port": 0}
         settings = _command.changed(_command.load(config), changes)
+        _command.check(settings, config)
         shown = settings.to_dict()
         _logging.configure(shown["logging"], name="controller", debug=debug)
         named = _models.named_models(model)

@@ -381,6 +381,20 @@ def test_config_validate_says_nothing_or_where_it_is_wrong(tmp_path: Path) -> No
     assert f"{file}:3:5: requestRouting.retry.maxRetris: unknown key; did you mean maxRetries?" in told.output
 
 
+def test_what_a_controller_refuses_is_found_before_one_is_started(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("nats: {mode: none}\nrequestRouting: {hedging: {enabled: true}}\n")
+    for command in (
+        ("config", "validate", str(file)),
+        ("doctor", "-c", str(file)),
+        ("serve", "-c", str(file)),
+    ):
+        told = run(*command)
+        assert told.exit_code == 1, told.output
+        assert f"{file}: requestRouting.hedging.enabled: hedging is not available" in told.output
+        assert "http://" not in told.output, "nothing was started"
+
+
 def test_config_show_hides_secrets_and_knows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
