@@ -296,6 +296,8 @@ def test_up_serves_and_leaves_nothing_behind(
         assert f"port {taken} is taken" in started.line_with("note")
         started.line_with("online", "2 of 2")
         assert _url(started) != f"http://127.0.0.1:{taken}"
+        chat = started.line_with("mlx-serving-router chat --url").removeprefix("or").split()
+        assert "How can I help you?" in cli(*chat[1:], "Hello", scratch=tmp_path).output
         if shutil.which("curl"):
             assert "How can I help you?" in json.dumps(_curl(started))
         workers = get(f"{_url(started)}/api/cluster/workers")
@@ -306,6 +308,35 @@ def test_up_serves_and_leaves_nothing_behind(
     if end != signal.SIGKILL:
         assert "Traceback" not in started.output
         assert "ended by itself" not in started.output
+
+
+def test_up_is_the_front_end_alone_where_that_is_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("mode: controller\nnats: {mode: none}\n")
+    with program(*ROUTER, "up", "--port", "0", "-c", "cluster.yaml", scratch=tmp_path) as started:
+        started.line_with("mode", "controller")
+        assert get(f"{_url(started)}/api/cluster/workers") == []
+        started.send(signal.SIGINT)
+        assert started.ends() == 0
+    assert "worker-1" not in started.output
+
+
+@pytest.mark.model
+@pytest.mark.nats
+def test_up_is_workers_alone_where_that_is_its_mode(
+    tmp_path: Path, model: Path, nats: NatsServer, nats_prefix: str
+) -> None:
+    (tmp_path / "cluster.yaml").write_text(
+        f"mode: worker\nnats: {{mode: external, serverUrl: '{nats.url}'}}\n"
+    )
+    command = (*ROUTER, "up", "-c", "cluster.yaml", "--prefix", nats_prefix, "--model", f"tiny={model}")
+    with program(*command, scratch=tmp_path) as started:
+        started.line_with("mode", "worker")
+        started.line_with("worker-1-", "is ready")
+        started.send(signal.SIGINT)
+        assert started.ends() == 0
+    assert "http://" not in started.output
+    assert "worker-1-" in started.output.splitlines()[-1], "it has ended"
+    assert all_gone(tmp_path)
 
 
 @pytest.mark.model

@@ -110,7 +110,8 @@ def test_a_question_is_answered_with_nothing_but_the_answer(cluster: TestCluster
 
 def test_a_question_may_come_on_standard_input_with_all_that_a_model_is_told(cluster: TestCluster) -> None:
     options = ("--system", "Be short.", "--max-tokens", "7", "--temperature", "0.5", "--model", "tiny")
-    told = run("chat", "--url", f"{cluster.api_url}/v1/", *options, stdin="Hello?\n")
+    address = cluster.api_url.removeprefix("http://")
+    told = run("chat", "--url", f"{address}/v1/", *options, stdin="Hello?\n")
     assert (told.exit_code, told.output) == (0, f"{ANSWER}\n")
     (asked,) = [received.request for worker in cluster.workers for received in worker.requests]
     assert asked.messages == [
