@@ -216,10 +216,16 @@ def serve(
                 _show_server(server)
                 show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
             elif shown["nats"]["mode"] == "none" and not shown["workers"]["static"]:
-                show("note", "nats.mode is none: no worker of another process can join")
+                show(
+                    "warning",
+                    "nats.mode is none and workers.static is empty: no worker can ever join, and nothing can be"
+                    " answered; set nats.mode to embedded or external, or name servers in workers.static",
+                )
             for worker in shown["workers"]["static"]:
                 show("asks", f"{worker['url']} as {worker['workerId']}")
-            _show_trial(address, "NAME", shown["controller"])
+            known = [model for worker in shown["workers"]["static"] for model in worker["models"] or ()]
+            name = known[0].partition("=")[0] if known else "NAME"
+            _show_trial(address, name, shown["controller"])
 
         asyncio.run(_serve.serve(settings, address, announce))
 

@@ -405,10 +405,20 @@ def test_serve_starts_a_nats_server_again_that_died(tmp_path: Path) -> None:
 def test_serve_without_nats_says_what_that_means(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("nats: {mode: none}\n")
     with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
-        controller.line_with("note", "no worker of another process can join")
+        controller.line_with("warning", "workers.static is empty", "no worker can ever join")
         assert get(f"{_url(controller)}/health") == {"status": "ok"}
         controller.send(signal.SIGTERM)
         assert controller.ends() == 0
+
+
+def test_serve_names_a_model_that_it_knows(tmp_path: Path, closed: int) -> None:
+    server = f"{{workerId: s, url: 'http://127.0.0.1:{closed}', models: ['llama=its-name']}}"
+    (tmp_path / "cluster.yaml").write_text(f"nats: {{mode: none}}\nworkers: {{static: [{server}]}}\n")
+    with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
+        assert '"model": "llama"' in controller.line_with("to try")
+        controller.send(signal.SIGTERM)
+        assert controller.ends() == 0
+    assert "warning" not in controller.output
 
 
 _STUCK = """

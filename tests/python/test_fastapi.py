@@ -180,7 +180,8 @@ def test_a_body_without_end_is_refused(http: httpx.Client) -> None:
 def test_without_a_worker_everything_says_so() -> None:
     with serve(create_app(LOCAL)) as url, httpx.Client(base_url=url) as http:
         assert http.get("/health").status_code == 200
-        assert http.get("/ready").status_code == 503
+        ready = http.get("/ready")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "no worker is known")
         assert http.get("/v1/models").json() == {"object": "list", "data": []}
         refused = http.post("/v1/chat/completions", json=chat())
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "NO_WORKERS_AVAILABLE")

@@ -366,6 +366,11 @@ def test_doctor_knows_a_front_end_that_runs(cluster: TestCluster, tmp_path: Path
     assert told.exit_code == 0
     assert "is ready, with 2 workers" in told.output
     assert f"s at {cluster.api_url}: tiny" in told.output
+    for worker in cluster.workers:
+        cluster.controller.force_open_circuit_breaker(worker.worker_id)
+    (line,) = [line for line in run("doctor", "-c", str(file)).output.splitlines() if "is not ready" in line]
+    assert line.startswith("note")
+    assert "none of 2 workers can serve" in line
 
 
 # === config ===
