@@ -179,7 +179,8 @@ async def nats(config: ClusterConfig) -> AsyncIterator[tuple[ClusterConfig, Nats
     await asyncio.to_thread(server.start)
     watch = asyncio.create_task(_restart(server, died))
     try:
-        yield changed(config, {"nats": {"mode": "external", "serverUrl": server.url}}), server
+        # It answers on that port, so a controller joins it.
+        yield changed(config, {"nats": {"embedded": {"port": server.port}}}), server
     finally:
         watch.cancel()
         await asyncio.to_thread(server.stop)

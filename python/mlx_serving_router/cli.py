@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="One OpenAI API in front of a fleet of mlx-lm workers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -97,6 +96,27 @@ _MemoryHard = Annotated[
         help="Memory in use beyond which all requests are refused.",
     ),
 ]
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 typer's
+    if wanted:
+        from mlx_serving_router._native import VERSION
+
+        typer.echo(f"mlx-serving-router {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version, and end."),
+    ] = False,
+) -> None:
+    """One OpenAI API in front of a fleet of mlx-lm workers."""
+
+
 # === commands ===
 
 
@@ -186,8 +206,12 @@ def models(models_dir: _ModelsDir = None, hf_cache: _HfCache = False, debug: Deb
     with told(debug=debug):
         from mlx_serving_router import _models
 
-        for found in _models.found(models_dir, hf_cache=hf_cache or models_dir is None):
+        hf_cache = hf_cache or models_dir is None
+        listed = _models.found(models_dir, hf_cache=hf_cache)
+        for found in listed:
             typer.echo(f"{found.nbytes / 1e9:8.2f} GB  {found.name}  {found.path}")
+        if not listed:
+            typer.echo(f"no model was found in {_models.where(models_dir, hf_cache=hf_cache)}", err=True)
 
 
 @app.command()

@@ -14,7 +14,13 @@ from __future__ import annotations
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+try:
+    from fastapi import APIRouter, Depends, FastAPI, Request, Response
+except ImportError as error:
+    raise ImportError(
+        f"the web front-end needs fastapi ({error}): pip install 'mlx-serving-router[fastapi]'",
+        name=error.name,
+    ) from error
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from mlx_serving_router import _logging
+from mlx_serving_router import __version__, _logging
 from mlx_serving_router._models import named_models
 from mlx_serving_router.cli import app
 from programs import MODEL, all_gone, cli, left_behind, program
@@ -70,6 +70,21 @@ def test_it_shows_what_it_can_do() -> None:
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
     assert {"up", "serve", "worker"} <= set(re.findall(r"\w+", shown.output))
+
+
+def test_it_knows_its_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"mlx-serving-router {__version__}\n")
+
+
+def test_models_says_where_it_found_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = CliRunner().invoke(app, ["models", "--models-dir", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert f"no model was found in {tmp_path}" in shown.stderr
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr("mlx_serving_router.mlx.scan_hugging_face_cache", list)
+    shown = CliRunner().invoke(app, ["models"])
+    assert f"({constants.HF_HUB_CACHE};" in shown.stderr
 
 
 @pytest.mark.parametrize("command", ["up", "serve", "worker"])
@@ -136,7 +151,8 @@ def test_nats_out_of_reach_is_told(tmp_path: Path, model: Path, closed: int) -> 
         cli("worker", "--model", model, "--nats", url, scratch=tmp_path),
         url,
         "cannot connect to NATS",
-        "--nats",
+        "run `mlx-serving-router serve` first",
+        "--nats URL",
     )
 
 
@@ -391,6 +407,7 @@ def test_serve_and_worker_meet_and_end(tmp_path: Path, model: Path, closed: int)
 def test_serve_starts_a_nats_server_again_that_died(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("nats: {embedded: {port: 0}}\n")
     with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
+        controller.line_with("controller started", "nats=embedded")
         server = re.search(r"process (\d+)", controller.line_with("NATS", "process"))
         assert server is not None
         os.kill(int(server[1]), signal.SIGKILL)
@@ -450,6 +467,13 @@ def test_without_typer_it_says_what_to_install(tmp_path: Path) -> None:
     with program(sys.executable, "-c", code, scratch=tmp_path) as ended:
         assert ended.ends() == 1
     assert 'pip install "mlx-serving-router[cli]"' in ended.output
+
+
+def test_without_fastapi_it_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['fastapi'] = None; import mlx_serving_router.fastapi"
+    with program(sys.executable, "-c", code, scratch=tmp_path) as ended:
+        assert ended.ends() == 1
+    assert "pip install 'mlx-serving-router[fastapi]'" in ended.output.splitlines()[-1]
 
 
 def test_a_line_of_the_log_ends_with_what_was_given_beside_its_message() -> None:
