@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import pty
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from mlx_serving_router import ClusterConfig, WorkerNode
+from mlx_serving_router import ClusterConfig, ControllerErrorCode, WorkerNode, _chat, _top
 from mlx_serving_router.cli import app
 from mlx_serving_router.testing import ANSWER, TestCluster, answer, fail, stall
 from programs import MODEL, program
@@ -160,6 +162,13 @@ def test_a_conversation_in_a_terminal(cluster: TestCluster) -> None:
     assert len({received.request.session_id for received in busy.requests}) == 1
 
 
+def test_no_rate_is_told_of_an_answer_that_came_at_once() -> None:
+    turn = _chat._Turn(tokens=11, begun=0.0, first=1.0, last=1.0002)
+    assert turn.facts("") == "the first token after 1000 ms, 11 tokens"
+    turn.last = 2.0
+    assert turn.facts("").endswith("11 tokens, 10 tokens/s")
+
+
 # === bench ===
 
 
@@ -225,6 +234,40 @@ def test_top_is_live_in_a_terminal_and_ends_with_ctrl_c(cluster: TestCluster) ->
         terminal.until("FORCED_OPEN")
         os.killpg(terminal.process.pid, signal.SIGINT)
         assert terminal.process.wait(10) == 130
+
+
+def test_a_screen_of_80_columns_has_names_give_way_and_nothing_else() -> None:
+    codes = [str(code) for code in ControllerErrorCode]
+    request = {
+        "requestId": "0123456789abcdef", "modelId": "mlx-community/Llama-3.2-3B-Instruct-4bit", "tokens": 100000,
+        "selectedWorker": "studio-of-somebody-upstairs", "attempts": [{}] * 3, "timeToFirstTokenMs": 999,
+        "durationMs": 59_940.0, "status": "succeeded", "finalError": None,
+    }  # fmt: skip
+    failed = [{**request, "status": "failed", "finalError": {"code": code}} for code in codes]
+    cancelled = {**request, "status": "cancelled", "finalError": {"code": "CANCELLED"}}
+    worker = {
+        "workerId": "studio-of-somebody-upstairs", "status": "degraded", "phase": "draining", "inFlight": 128,
+        "breaker": "FORCED_OPEN", "lastSeenMs": 999, "models": ["mlx-community/Llama-3.2-3B-Instruct-4bit"] * 2,
+    }  # fmt: skip
+    status = {
+        "state": "ready",
+        "workers": {"online": 1, "total": 1},
+        "requests": {"active": 0, "queued": 0, "completed": 9},
+    }
+    screen = Console(width=80, file=io.StringIO(), record=True)
+    screen.print(
+        _top.render(_top.View(0.0, status, [worker], [*failed, cancelled, request]), None, 60, "http://host")
+    )
+    lines = screen.export_text().splitlines()
+    assert max(len(line) for line in lines) <= 80
+    (shown,) = [line.split() for line in lines if "FORCED_OPEN" in line]
+    assert shown[1:7] == ["degraded", "draining", "FORCED_OPEN", "128", "999", "ms"]
+    assert shown[0].startswith("studio")
+    words = [line.split() for line in lines if line.startswith("0123")]
+    assert [line[-1] for line in words] == ["succeeded", "cancelled", *reversed(codes)]
+    for line in words:
+        assert line[-7:-1] == ["3", "999", "ms", "59.9", "s", "100000"]
+        assert line[2].startswith("studio")
 
 
 class Elsewhere(BaseHTTPRequestHandler):
