@@ -226,9 +226,20 @@ async def serve(
                         announce(server)
                     await unless(stopping, asyncio.wait((ended,)))
                     # First, so that clients whose time is over are told.
-                    await controller.stop(drain)
+                    await stop(controller, drain)
             finally:
                 await controller.stop(drain)
+
+
+async def stop(controller: ControllerNode, drain: float) -> None:
+    """Stops a controller because a signal came, and says what a second one does while requests run."""
+    requests = controller.cluster_status().requests
+    active = requests["active"] + requests["queued"]
+    if active:
+        _logger.info(
+            "what runs may end within %g s; a second signal ends it at once", drain, extra={"active": active}
+        )
+    await controller.stop(drain)
 
 
 def curl_line(url: str, model: str, *, with_key: bool) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlx_serving_router._command import CommandError, stop_signals
 from mlx_serving_router._controller import ControllerNode
-from mlx_serving_router._serve import AFTER_DRAIN, front_end, nats
+from mlx_serving_router._serve import AFTER_DRAIN, front_end, nats, stop
 from mlx_serving_router._work import DRAIN_SECONDS
 from mlx_serving_router.processes import ChildProcess
 
@@ -79,7 +79,7 @@ async def up(
                     await asyncio.wait((*ends, served), return_when=asyncio.FIRST_COMPLETED)
                     for task in (online, *ends):
                         task.cancel()
-                    await controller.stop(drain)
+                    await stop(controller, drain)
             finally:
                 await controller.stop(drain)
                 await team.stop(_WORKER_SECONDS)

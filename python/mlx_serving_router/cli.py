@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlx_serving_router._serve import Address
     from mlx_serving_router.nats_server import NatsServer
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -377,8 +377,3 @@ def _show_trial(address: Address, model: str, controller: dict[str, Any]) -> Non
     show("to try", _serve.curl_line(address.url, model, with_key=with_key))
     key = ' --api-key "$API_KEY"' if with_key else ""
     show("or", f"mlx-serving-router chat --url {address.url}{key}")
-
-
-def main() -> None:
-    """Runs the command line."""
-    app(prog_name="mlx-serving-router")

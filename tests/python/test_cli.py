@@ -462,6 +462,12 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         assert started.ends() == 130
 
 
+def test_ctrl_c_before_it_has_begun_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    ended = cli("serve", scratch=tmp_path, PYTHONPATH=str(tmp_path))
+    assert (ended.process.returncode, ended.output) == (130, "")
+
+
 def test_without_typer_it_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['typer'] = None; import mlx_serving_router.cli"
     with program(sys.executable, "-c", code, scratch=tmp_path) as ended:
