@@ -135,7 +135,9 @@ def ensure_contents(profile: str) -> None:
     extension = _digest(*_source_files(), sys.version)
     if not (_fresh("extension", extension) and any(PACKAGE.glob("_native*.so"))):
         _require_rust()
-        note("release build; minutes the first time, then only what changed")
+        note(
+            "release build; the first time 5 minutes of two idle cores, more on busy ones; then only what changed"
+        )
         jobs.append(("extension", extension, _maturin("develop", "--release", "--skip-install")))
     if jobs:
         _run(*(job for _, _, job in jobs))
@@ -293,6 +295,8 @@ def _cargo(command: list[str | Path], log: str, what: str) -> Job:
         words = line.split()
         if len(words) > 2 and words[0] == "Compiling":
             crates += 1
+            if words[1] == "mlx_serving_router":
+                return "compiling mlx_serving_router, the last crate, which takes longest"
             return f"compiling {words[1]} ({crates} of at most {in_lock} crates)"
         return None
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-# A log that is not a terminal gets a line this often (seconds), so that a long step is seen to live.
+# A log that is not a terminal is looked after this often (seconds). It gets a line where there is something new, and
+# after so many looks without any, so that a long step is seen to live.
 _LOG_INTERVAL = 15.0
+_SILENT_LOOKS = 8
 _TERMINAL_INTERVAL = 0.25
 _TAIL_LINES = 30
 
@@ -159,12 +161,16 @@ class _Ticker:
 
     def _run(self) -> None:
         interval = _TERMINAL_INTERVAL if self._terminal else _LOG_INTERVAL
+        before, looks = "", 0
         while not self._stop.wait(interval):
-            line = f"      {duration(time.monotonic() - self._started)}  {self._text()}"
+            text = self._text()
+            line = f"      {duration(time.monotonic() - self._started)}  {text}"
+            looks += 1
             if self._terminal:
                 print(f"\r\x1b[K{line[:100]}", end="", flush=True)
-            else:
+            elif text != before or looks >= _SILENT_LOOKS:
                 print(line, flush=True)
+                before, looks = text, 0
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ python examples/engines/echo.py
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -78,4 +79,10 @@ def text_of(request: EngineRequest) -> str:
 
 
 if __name__ == "__main__":
-    msr.WorkerNode(Echo()).run()
+    worker = msr.WorkerNode(Echo())
+    print(f"{worker.worker_id} joins the fleet, with the model echo; Ctrl-C ends it", flush=True)
+    try:
+        worker.run()
+    except msr.ControllerError as error:  # no NATS server, say
+        sys.exit(f"{worker.worker_id} has stopped: {error.message}")
+    print(f"{worker.worker_id} has ended")

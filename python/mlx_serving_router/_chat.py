@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _HELP: Final = "/new: another conversation, /quit: the end; Ctrl-C stops an answer"
+#: Seconds between the first and the last token; of less than that a rate would be one of the terminal.
+_RATE_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class _Turn:
             facts.append(f"the first token after {(self.first - self.begun) * 1000:.0f} ms")
             if self.tokens is not None:
                 facts.append(f"{self.tokens} tokens")
-                if self.tokens > 1 and self.last > self.first:
+                if self.tokens > 1 and self.last - self.first >= _RATE_SECONDS:
                     facts.append(f"{(self.tokens - 1) / (self.last - self.first):.0f} tokens/s")
         return ", ".join(fact for fact in facts if fact)
 

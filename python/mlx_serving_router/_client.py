@@ -58,12 +58,14 @@ class FrontEnd:
     """A connection to one front-end, for use in `async with`.
 
     Args:
-        url: Its address, with or without `/v1`.
+        url: Its address, with or without `http://` and `/v1`.
         api_key: One of its keys, where it wants one.
         concurrency: The most requests at a time.
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, concurrency: int = 10) -> None:
+        if "://" not in url:
+            url = f"http://{url}"
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         try:

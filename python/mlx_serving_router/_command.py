@@ -1,6 +1,6 @@
 """What the commands share: a configuration with options on top, failures told in words, signals that first ask.
 
-Knows nothing of controllers and workers.
+Runs no controller and no worker.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from mlx_serving_router._native import ClusterConfig
+from mlx_serving_router._errors import ConfigError
+from mlx_serving_router._native import ClusterConfig, Controller
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Mapping
@@ -45,6 +46,24 @@ def changed(config: ClusterConfig, changes: Mapping[str, Any]) -> ClusterConfig:
         ConfigError: A value cannot be used.
     """
     return ClusterConfig.from_dict(_merged(config.to_dict(), changes)) if changes else config
+
+
+def check(config: ClusterConfig, path: Path | None) -> None:
+    """Refuses what a controller refuses: what can be said in a configuration, and is not there in this version.
+
+    Args:
+        config: The configuration.
+        path: The file that it was read from, for the message.
+
+    Raises:
+        ConfigError: A controller cannot be made with it.
+    """
+    try:
+        Controller(config)
+    except ConfigError as error:
+        if path is None:
+            raise
+        raise ConfigError(f"{path}: {error}", error.message, path=str(path), key=error.key) from error
 
 
 def changes(

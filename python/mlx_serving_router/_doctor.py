@@ -68,6 +68,7 @@ def examine(
     yield from _versions()
     try:
         config = _command.changed(_command.load(path), changes)
+        _command.check(config, path)
     except ConfigError as error:
         yield Finding("wrong", "config", f"{error}; mlx-serving-router config schema tells all keys")
         return
@@ -246,11 +247,11 @@ def _front_end(controller: dict[str, Any]) -> Iterator[Finding]:
         with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
             with httpx.Client(timeout=_PATIENCE, trust_env=False) as http:
                 ready = http.get(f"{url}/ready").json()
-            yield Finding(
-                "ok",
-                "front-end",
-                f"{url} is {ready['status']}, with {ready['workers']} workers that can serve",
-            )
+            text = f"{url} is {ready['status']}, with {ready['workers']} workers that can serve"
+            if ready["status"] == "ready":
+                yield Finding("ok", "front-end", text)
+            else:
+                yield Finding("note", "front-end", f"{text}: {ready.get('reason', 'no worker can serve')}")
             return
         yield Finding(
             "wrong", "port",

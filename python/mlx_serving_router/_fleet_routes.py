@@ -31,17 +31,20 @@ async def ready(request: Request) -> Response:
     """At least one worker can serve."""
     controller = get_controller(request)
     refusing = (CircuitState.OPEN, CircuitState.FORCED_OPEN)
+    workers = controller.workers()
     serving = sum(
-        worker.status in ("online", "degraded") and worker.breaker not in refusing
-        for worker in controller.workers()
+        worker.status in ("online", "degraded") and worker.breaker not in refusing for worker in workers
     )
-    ready = controller.state is ControllerState.READY and serving > 0
-    content = {
-        "status": "ready" if ready else "not ready",
-        "state": str(controller.state),
-        "workers": serving,
-    }
-    return json_response(content, 200 if ready else 503)
+    content = {"status": "ready", "state": str(controller.state), "workers": serving}
+    if controller.state is not ControllerState.READY:
+        reason = f"the controller is {controller.state}"
+    elif not workers:
+        reason = "no worker is known"
+    elif not serving:
+        reason = f"none of {len(workers)} workers can serve: offline, draining, or kept out by their breakers"
+    else:
+        return json_response(content)
+    return json_response(content | {"status": "not ready", "reason": reason}, 503)
 
 
 async def metrics(request: Request) -> Response:

@@ -75,7 +75,8 @@ class _Key:
     def __init__(self, entry: str | Mapping[str, Any], index: int, clock: Callable[[], float]) -> None:
         given: Mapping[str, Any] = {"key": entry} if isinstance(entry, str) else entry
         self.digest = _digest(given["key"].encode())
-        self._name = given.get("name") or f"number {index + 1}"
+        name = given.get("name")
+        self._name = f"key number {index + 1}" if name is None else f"the key {name}"
         self._most_running: int | None = given.get("maxConcurrent")
         self._most_begun: int | None = given.get("requestsPerMinute")
         self._running = 0
@@ -87,7 +88,8 @@ class _Key:
     def place(self) -> Iterator[None]:
         if self._most_running is not None and self._running >= self._most_running:
             raise _too_many(
-                f"the key {self._name} has {self._running} completions running, which is the most it may have",
+                f"{self._name} has reached its limit of completions that run at a time (maxConcurrent:"
+                f" {self._most_running})",
                 _RETRY_SECONDS,
             )
         if self._most_begun is not None:
@@ -95,9 +97,11 @@ class _Key:
             while self._begun and now - self._begun[0] >= _MINUTE:
                 self._begun.popleft()
             if len(self._begun) >= self._most_begun:
+                wait = self._begun[0] + _MINUTE - now
                 raise _too_many(
-                    f"the key {self._name} may begin {self._most_begun} completions a minute, and has",
-                    self._begun[0] + _MINUTE - now,
+                    f"{self._name} has reached its limit of completions that begin in a minute (requestsPerMinute:"
+                    f" {self._most_begun}); the next may begin in {math.ceil(wait)} s",
+                    wait,
                 )
             self._begun.append(now)
         self._running += 1

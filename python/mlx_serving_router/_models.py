@@ -93,6 +93,16 @@ def found(models_dir: Path | None, *, hf_cache: bool) -> list[FoundModel]:
     return models + (scan_folder(models_dir) if models_dir is not None else [])
 
 
+def where(models_dir: Path | None, *, hf_cache: bool) -> str:
+    """Where `found` looks, for people."""
+    places = [] if models_dir is None else [str(models_dir)]
+    if hf_cache:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        places.append(f"the Hugging Face cache ({HF_HUB_CACHE}; --models-dir DIR looks elsewhere)")
+    return " and ".join(places)
+
+
 def named_models(models: Sequence[str] | None) -> dict[str, str]:
     """Names, and where the models are: what `MlxEngine` takes. Folders are looked at.
 

@@ -252,6 +252,8 @@ class Ready(_Answer):
     status: Literal["ready", "not ready"]
     state: str
     workers: int
+    reason: str | None = None
+    """Why it is not ready."""
 
 
 class _Facts(BaseModel):

@@ -179,7 +179,8 @@ async def nats(config: ClusterConfig) -> AsyncIterator[tuple[ClusterConfig, Nats
     await asyncio.to_thread(server.start)
     watch = asyncio.create_task(_restart(server, died))
     try:
-        yield changed(config, {"nats": {"mode": "external", "serverUrl": server.url}}), server
+        # It answers on that port, so a controller joins it.
+        yield changed(config, {"nats": {"embedded": {"port": server.port}}}), server
     finally:
         watch.cancel()
         await asyncio.to_thread(server.stop)
@@ -225,9 +226,20 @@ async def serve(
                         announce(server)
                     await unless(stopping, asyncio.wait((ended,)))
                     # First, so that clients whose time is over are told.
-                    await controller.stop(drain)
+                    await stop(controller, drain)
             finally:
                 await controller.stop(drain)
+
+
+async def stop(controller: ControllerNode, drain: float) -> None:
+    """Stops a controller because a signal came, and says what a second one does while requests run."""
+    requests = controller.cluster_status().requests
+    active = requests["active"] + requests["queued"]
+    if active:
+        _logger.info(
+            "what runs may end within %g s; a second signal ends it at once", drain, extra={"active": active}
+        )
+    await controller.stop(drain)
 
 
 def curl_line(url: str, model: str, *, with_key: bool) -> str:

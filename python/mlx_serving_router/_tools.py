@@ -224,9 +224,9 @@ def validate(
 ) -> None:
     """Check a file, with the overrides of the environment: silence and 0, or where it is wrong and 1."""
     with told(debug=debug):
-        from mlx_serving_router._native import ClusterConfig
+        from mlx_serving_router import _command
 
-        ClusterConfig.load(file)
+        _command.check(_command.load(file), file)
 
 
 @_config_app.command("show")

@@ -24,6 +24,7 @@ _COLOURS: Final = {
     "CLOSED": "green", "HALF_OPEN": "yellow", "OPEN": "red", "FORCED_OPEN": "red",
     "succeeded": "green", "failed": "red", "running": "cyan", "queued": "yellow",
 }  # fmt: skip
+_NUMBERS: Final = ("in flight", "heard", "tries", "TTFT", "time", "tokens")
 #: Lines of a screen that are no worker and no request.
 _FURNITURE: Final = 8
 
@@ -105,30 +106,35 @@ def _summary(view: View, before: View | None, url: str) -> Text:
 
 
 def _table(*columns: tuple[str, bool]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name, right in columns:
-        # Names give way, numbers do not.
-        width = 6 if right else None
+    """A table whose names give way where it is too wide; numbers and states do not."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
+    for name, gives_way in columns:
+        right = name in _NUMBERS
         table.add_column(
-            name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis", min_width=width
+            name, justify="right" if right else "left", no_wrap=not gives_way, min_width=6 if right else None
         )
     return table
 
 
+def _name(text: str) -> Text:
+    # The column may wrap, for its width to be taken before that of others; the name in it does not.
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
 def _workers(workers: list[dict[str, Any]]) -> Table:
     table = _table(
-        ("worker", False), ("status", False), ("phase", False), ("breaker", False), ("in flight", True),
-        ("heard", True), ("models", False),
+        ("worker", True), ("status", False), ("phase", False), ("breaker", False), ("in flight", False),
+        ("heard", False), ("models", True),
     )  # fmt: skip
     for worker in workers:
         table.add_row(
-            worker["workerId"],
+            _name(worker["workerId"]),
             _coloured(worker["status"]),
             worker["phase"],
             _coloured(worker["breaker"]),
             str(worker["inFlight"]),
             _span(worker["lastSeenMs"]),
-            ", ".join(worker["models"]),
+            _name(", ".join(worker["models"])),
         )
     if not workers:
         table.add_row(Text("none", style="dim"))
@@ -137,21 +143,21 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
 
 def _requests(requests: list[dict[str, Any]]) -> Table:
     table = _table(
-        ("request", False), ("model", False), ("status", False), ("worker", False), ("tries", True),
-        ("TTFT", True), ("time", True), ("tokens", True), ("error", False),
+        ("request", True), ("model", True), ("worker", True), ("tries", False), ("TTFT", False), ("time", False),
+        ("tokens", False), ("status", False),
     )  # fmt: skip
     for request in requests:
+        status = request["status"]
         error = request["finalError"] or {}
         table.add_row(
-            request["requestId"][:12],
-            request["modelId"],
-            _coloured(request["status"]),
-            request["selectedWorker"] or "",
+            _name(request["requestId"][:12]),
+            _name(request["modelId"]),
+            _name(request["selectedWorker"] or ""),
             str(len(request["attempts"])),
             _span(request["timeToFirstTokenMs"]),
             _span(request["durationMs"]),
             str(request["tokens"] or ""),
-            Text(error.get("code", ""), style="red"),
+            Text(error["code"], style="red") if status == "failed" and error else _coloured(status),
         )
     if not requests:
         table.add_row(Text("none yet", style="dim"))

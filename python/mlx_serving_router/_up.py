@@ -1,5 +1,6 @@
 """All in one: `mlx-serving-router up`. A NATS server, worker processes, and the controller with its front-end.
 
+With `mode: worker` in the configuration it is the workers alone; with `mode: controller` it is what `serve` is.
 Workers are programs of their own, started with the command `worker` and watched. Whatever ends this process ends them,
 and the embedded NATS server too.
 """
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 from mlx_serving_router._command import CommandError, stop_signals
 from mlx_serving_router._controller import ControllerNode
-from mlx_serving_router._serve import AFTER_DRAIN, front_end, nats
+from mlx_serving_router._serve import AFTER_DRAIN, front_end, nats, stop
+from mlx_serving_router._work import DRAIN_SECONDS
 from mlx_serving_router.processes import ChildProcess
 
 if TYPE_CHECKING:
@@ -67,10 +69,7 @@ async def up(
             controller = ControllerNode(joined)
             try:
                 for number in range(1, workers + 1):
-                    # Others may use the same NATS server, and a worker's name is its own.
-                    team.start(
-                        f"worker-{number}" if alone else f"worker-{number}-{secrets.token_hex(2)}", options
-                    )
+                    team.start(f"worker-{number}" if alone else _name(number), options)
                 await controller.start()
                 async with front_end(controller, address, AFTER_DRAIN) as served:
                     if not served.done():
@@ -80,15 +79,50 @@ async def up(
                     await asyncio.wait((*ends, served), return_when=asyncio.FIRST_COMPLETED)
                     for task in (online, *ends):
                         task.cancel()
-                    await controller.stop(drain)
+                    await stop(controller, drain)
             finally:
                 await controller.stop(drain)
-                await team.stop()
+                await team.stop(_WORKER_SECONDS)
     if not stopping.is_set() and team.all_ended.is_set():
-        raise CommandError(
-            "no worker is left: what each of them met is in the lines above; `mlx-serving-router worker` with the same"
-            " --model runs one alone"
-        )
+        raise _nobody_left()
+
+
+async def workers_alone(workers: int, worker_options: Sequence[str]) -> None:
+    """Runs worker processes until a signal comes, or none is left. They join the NATS server of the configuration.
+
+    Args:
+        workers: How many.
+        worker_options: What each gets on its command line beside its id.
+
+    Raises:
+        CommandError: No worker is left.
+    """
+    with stop_signals() as stopping:
+        team = _Team(asyncio.get_running_loop())
+        try:
+            for number in range(1, workers + 1):
+                team.start(_name(number), worker_options)
+            ends = [asyncio.create_task(event.wait()) for event in (stopping, team.all_ended)]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in ends:
+                task.cancel()
+        finally:
+            # Nobody has drained them.
+            await team.stop(DRAIN_SECONDS + _WORKER_SECONDS)
+    if not stopping.is_set():
+        raise _nobody_left()
+
+
+def _name(number: int) -> str:
+    """A worker's name where others may use the same NATS server: a name is its worker's own."""
+    return f"worker-{number}-{secrets.token_hex(2)}"
+
+
+def _nobody_left() -> CommandError:
+    return CommandError(
+        "no worker is left: what each of them met is in the lines above; `mlx-serving-router worker` with the same"
+        " --model runs one alone"
+    )
 
 
 async def _count(controller: ControllerNode, workers: int, tell_online: Callable[[int], None]) -> None:
@@ -129,15 +163,15 @@ class _Team:
         if not self._running:
             self.all_ended.set()
 
-    async def stop(self) -> None:
-        """Asks all to end, and returns when all have."""
+    async def stop(self, seconds: float) -> None:
+        """Asks all to end, and returns when all have; after so many seconds they are ended."""
         self._stopping = True
-        await asyncio.gather(*(asyncio.to_thread(_end, child) for child in self._running.values()))
+        await asyncio.gather(*(asyncio.to_thread(_end, child, seconds) for child in self._running.values()))
 
 
-def _end(child: ChildProcess) -> None:
+def _end(child: ChildProcess, seconds: float) -> None:
     child.terminate()
-    child.ended.wait(_WORKER_SECONDS)
+    child.ended.wait(seconds)
     child.close()
 
 

@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from mlx_serving_router._serve import Address
     from mlx_serving_router.nats_server import NatsServer
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
-    help="One OpenAI API in front of a fleet of mlx-lm workers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -97,6 +96,27 @@ _MemoryHard = Annotated[
         help="Memory in use beyond which all requests are refused.",
     ),
 ]
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 typer's
+    if wanted:
+        from mlx_serving_router._native import VERSION
+
+        typer.echo(f"mlx-serving-router {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version, and end."),
+    ] = False,
+) -> None:
+    """One OpenAI API in front of a fleet of mlx-lm workers."""
+
+
 # === commands ===
 
 
@@ -186,8 +206,12 @@ def models(models_dir: _ModelsDir = None, hf_cache: _HfCache = False, debug: Deb
     with told(debug=debug):
         from mlx_serving_router import _models
 
-        for found in _models.found(models_dir, hf_cache=hf_cache or models_dir is None):
+        hf_cache = hf_cache or models_dir is None
+        listed = _models.found(models_dir, hf_cache=hf_cache)
+        for found in listed:
             typer.echo(f"{found.nbytes / 1e9:8.2f} GB  {found.name}  {found.path}")
+        if not listed:
+            typer.echo(f"no model was found in {_models.where(models_dir, hf_cache=hf_cache)}", err=True)
 
 
 @app.command()
@@ -205,6 +229,7 @@ def serve(
 
         changes = _command.changes(nats=nats, prefix=prefix, host=host, port=port)
         settings = _command.changed(_command.load(config), changes)
+        _command.check(settings, config)
         shown = settings.to_dict()
         _logging.configure(shown["logging"], name="controller", debug=debug)
         address = _serve.listen(shown["controller"]["bindAddress"], shown["controller"]["port"])
@@ -215,12 +240,16 @@ def serve(
                 _show_server(server)
                 show("a worker", f"mlx-serving-router worker --nats {server.url} --model NAME=PATH")
             elif shown["nats"]["mode"] == "none" and not shown["workers"]["static"]:
-                show("note", "nats.mode is none: no worker of another process can join")
+                show(
+                    "warning",
+                    "nats.mode is none and workers.static is empty: no worker can ever join, and nothing can be"
+                    " answered; set nats.mode to embedded or external, or name servers in workers.static",
+                )
             for worker in shown["workers"]["static"]:
                 show("asks", f"{worker['url']} as {worker['workerId']}")
-            show(
-                "to try", _serve.curl_line(address.url, "NAME", with_key=bool(shown["controller"]["apiKeys"]))
-            )
+            known = [model for worker in shown["workers"]["static"] for model in worker["models"] or ()]
+            name = known[0].partition("=")[0] if known else "NAME"
+            _show_trial(address, name, shown["controller"])
 
         asyncio.run(_serve.serve(settings, address, announce))
 
@@ -236,19 +265,26 @@ def up(
     prefix: Prefix = None,
     debug: Debug = False,
 ) -> None:
-    """Run all of it on this machine: a NATS server, worker processes, the controller and its web front-end."""
+    """Run all of it on this machine: a NATS server, worker processes, the controller and its web front-end.
+
+    With `mode: controller` in the configuration it is all but the workers, with `mode: worker` the workers alone.
+    """
     with told(debug=debug):
         from mlx_serving_router import _command, _logging, _models
 
         changes = _command.changes(prefix=prefix, host=host, port=port)
-        if config is None and not any(name.startswith("MLX_ROUTER__NATS") for name in os.environ):
+        loaded = _command.load(config)
+        mode = loaded.to_dict()["mode"]
+        own_nats = config is None and not any(name.startswith("MLX_ROUTER__NATS") for name in os.environ)
+        if mode == "both" and own_nats:
             # Nobody has to know where the server is.
             changes.setdefault("nats", {})["embedded"] = {"port": 0}
-        settings = _command.changed(_command.load(config), changes)
+        settings = _command.changed(loaded, changes)
+        _command.check(settings, config)
         shown = settings.to_dict()
-        _logging.configure(shown["logging"], name="controller", debug=debug)
-        named = _models.named_models(model)
-        if shown["nats"]["mode"] == "none":
+        _logging.configure(shown["logging"], name="up" if mode == "worker" else "controller", debug=debug)
+        named = {} if mode == "controller" else _models.named_models(model)
+        if shown["nats"]["mode"] == "none" and named:
             raise _command.CommandError(
                 "worker processes are reached over NATS, and the configuration has nats.mode: none; use embedded or"
                 " external"
@@ -256,6 +292,12 @@ def up(
 
         from mlx_serving_router import _serve, _up
 
+        options = _worker_options(named, config, prefix, max_concurrent, debug=debug)
+        if mode == "worker":
+            show("mode", "worker: no controller and no front-end here")
+            show("workers", f"{workers} started; each loads {', '.join(named)}")
+            asyncio.run(_up.workers_alone(workers, options))
+            return
         address = _serve.listen(shown["controller"]["bindAddress"], shown["controller"]["port"], search=True)
         if address.moved_from is not None:
             show("note", f"port {address.moved_from} is taken by another program; using the next free one")
@@ -264,23 +306,28 @@ def up(
             _show_addresses(address, shown["controller"])
             if server is not None:
                 _show_server(server)
-            show("workers", f"{workers} started; each loads {', '.join(named)}")
+            if named:
+                show("workers", f"{workers} started; each loads {', '.join(named)}")
 
         def tell_online(count: int) -> None:
             show("online", f"{count} of {workers} workers")
             if count == 1:
-                line = _serve.curl_line(
-                    address.url, next(iter(named)), with_key=bool(shown["controller"]["apiKeys"])
-                )
-                show("to try", line)
+                _show_trial(address, next(iter(named)), shown["controller"])
                 show("to end", "Ctrl-C")
 
+        if mode == "controller":
+            show(
+                "mode",
+                "controller: no worker is started here" + (", and --model has no effect" if model else ""),
+            )
+            asyncio.run(_serve.serve(settings, address, announce))
+            return
         asyncio.run(
             _up.up(
                 settings,
                 address,
                 workers=workers,
-                worker_options=_worker_options(named, config, prefix, max_concurrent, debug=debug),
+                worker_options=options,
                 announce=announce,
                 tell_online=tell_online,
             )
@@ -323,6 +370,10 @@ def _show_server(server: NatsServer) -> None:
     show("NATS", f"{server.url} ({'it was there already' if server.joined else f'process {server.pid}'})")
 
 
-def main() -> None:
-    """Runs the command line."""
-    app(prog_name="mlx-serving-router")
+def _show_trial(address: Address, model: str, controller: dict[str, Any]) -> None:
+    from mlx_serving_router import _serve
+
+    with_key = bool(controller["apiKeys"])
+    show("to try", _serve.curl_line(address.url, model, with_key=with_key))
+    key = ' --api-key "$API_KEY"' if with_key else ""
+    show("or", f"mlx-serving-router chat --url {address.url}{key}")

@@ -14,7 +14,13 @@ from __future__ import annotations
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+try:
+    from fastapi import APIRouter, Depends, FastAPI, Request, Response
+except ImportError as error:
+    raise ImportError(
+        f"the web front-end needs fastapi ({error}): pip install 'mlx-serving-router[fastapi]'",
+        name=error.name,
+    ) from error
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -43,6 +49,9 @@ if TYPE_CHECKING:
     from mlx_serving_router._native import ClusterConfig
 
 __all__ = ["controller_router", "create_app", "get_controller"]
+
+#: Load balancers ask so whether there is life. The server leaves the body out.
+_ASKED_BY_HEAD: Final = ("/health", "/ready")
 
 #: What scripts of other origins may read of an answer, beside what browsers show anyway.
 _EXPOSED: Final = (_http.REQUEST_ID, _http.WORKER_ID, "retry-after", "retry-after-ms", "x-should-retry")
@@ -76,10 +85,11 @@ def create_app(
         lifespan=_lifespan(config, controller),
         redirect_slashes=False,  # another address is another address
     )
-    _add_routes(app.router, config)
+    keys = Keys(config.to_dict()["controller"]["apiKeys"])
+    _add_routes(app.router, config, keys)
     # What is added first is asked last: everything else that an application adds comes before it.
     app.add_middleware(_PastTheRouter, routes=app.router.routes)
-    app.exception_handler(HTTPException)(_no_route)
+    app.exception_handler(HTTPException)(_no_route(keys))
     origins = config.to_dict()["controller"]["cors"]["allowOrigins"]
     if origins:
         app.add_middleware(
@@ -117,7 +127,7 @@ def controller_router(controller: ControllerNode | None = None) -> APIRouter:
     """
     config = as_config(None) if controller is None else controller.config
     router = APIRouter(lifespan=_lifespan(config, controller))
-    _add_routes(router, config)
+    _add_routes(router, config, Keys(config.to_dict()["controller"]["apiKeys"]))
     return router
 
 
@@ -140,20 +150,28 @@ def _lifespan(config: ClusterConfig, controller: ControllerNode | None) -> Lifes
     return lifespan
 
 
-def _add_routes(router: APIRouter, config: ClusterConfig) -> None:
+def _add_routes(router: APIRouter, config: ClusterConfig, keys: Keys) -> None:
     settings = config.to_dict()["controller"]
-    keys = Keys(settings["apiKeys"])
     keyed = [Depends(_Keyed(keys))] if keys else []
     for method, path, endpoint in _routes(settings):
         router.add_api_route(
             path,
             endpoint,
             methods=[method],
-            dependencies=keyed if path.startswith(("/v1/", "/api/")) else [],
+            dependencies=keyed if _wants_key(path) else [],
             response_class=Response,
             route_class_override=_OpenAIRoute if path.startswith("/v1/") else _Route,
             **document(path, endpoint),
         )
+        if path in _ASKED_BY_HEAD:
+            router.add_api_route(
+                path, endpoint, methods=["HEAD"], include_in_schema=False, response_class=Response,
+                route_class_override=_Route,
+            )  # fmt: skip
+
+
+def _wants_key(path: str) -> bool:
+    return f"{path}/".startswith(("/v1/", "/api/"))
 
 
 def _routes(settings: Mapping[str, Any]) -> list[tuple[str, str, Callable[..., Any]]]:
@@ -271,7 +289,9 @@ class _Route(APIRoute):
         except HTTPException as error:
             # What an endpoint raises never comes here: the application's handlers have dealt with it.
             request = Request(scope)
-            response = self.shape(_no_such(request, error))
+            checks = [given.dependency for given in self.dependencies]
+            keyed = [check.keys for check in checks if isinstance(check, _Keyed)]
+            response = self.shape(_no_such(request, error, keyed))
             response.headers[_http.REQUEST_ID] = _http.request_id(request)
             await response(scope, receive, send)
 
@@ -304,16 +324,26 @@ class _OpenAIRoute(_Route):
         return openai_error(error)
 
 
-async def _no_route(request: Request, error: HTTPException) -> Response:
-    """Of a whole application: addresses that are not there."""
-    told = _no_such(request, error)
-    area = api_error if _http.path_below_root(request).startswith("/api/") else openai_error
-    response = area(told)
-    response.headers[_http.REQUEST_ID] = _http.request_id(request)
-    return response
+def _no_route(keys: Keys) -> Callable[[Request, HTTPException], Coroutine[Any, Any, Response]]:
+    """Of a whole application: addresses that are not there. Where others want a key, they do too."""
+
+    async def handler(request: Request, error: HTTPException) -> Response:
+        path = _http.path_below_root(request)
+        area = api_error if f"{path}/".startswith("/api/") else openai_error
+        response = area(_no_such(request, error, [keys] if keys and _wants_key(path) else []))
+        response.headers[_http.REQUEST_ID] = _http.request_id(request)
+        return response
+
+    return handler
 
 
-def _no_such(request: Request, error: HTTPException) -> HttpError:
+def _no_such(request: Request, error: HTTPException, keyed: Sequence[Keys]) -> HttpError:
+    """What a request is told that has no route: first, that its key is none."""
+    try:
+        for keys in keyed:
+            keys.check(request)
+    except HttpError as refusal:
+        return refusal
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     message = f"{error.detail}: {request.method} {request.url.path}"
     return HttpError(error.status_code, code, message, error.headers)

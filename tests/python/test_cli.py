@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from mlx_serving_router import _logging
+from mlx_serving_router import __version__, _logging
 from mlx_serving_router._models import named_models
 from mlx_serving_router.cli import app
 from programs import MODEL, all_gone, cli, left_behind, program
@@ -70,6 +70,21 @@ def test_it_shows_what_it_can_do() -> None:
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
     assert {"up", "serve", "worker"} <= set(re.findall(r"\w+", shown.output))
+
+
+def test_it_knows_its_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"mlx-serving-router {__version__}\n")
+
+
+def test_models_says_where_it_found_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = CliRunner().invoke(app, ["models", "--models-dir", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert f"no model was found in {tmp_path}" in shown.stderr
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr("mlx_serving_router.mlx.scan_hugging_face_cache", list)
+    shown = CliRunner().invoke(app, ["models"])
+    assert f"({constants.HF_HUB_CACHE};" in shown.stderr
 
 
 @pytest.mark.parametrize("command", ["up", "serve", "worker"])
@@ -136,7 +151,8 @@ def test_nats_out_of_reach_is_told(tmp_path: Path, model: Path, closed: int) -> 
         cli("worker", "--model", model, "--nats", url, scratch=tmp_path),
         url,
         "cannot connect to NATS",
-        "--nats",
+        "run `mlx-serving-router serve` first",
+        "--nats URL",
     )
 
 
@@ -296,6 +312,8 @@ def test_up_serves_and_leaves_nothing_behind(
         assert f"port {taken} is taken" in started.line_with("note")
         started.line_with("online", "2 of 2")
         assert _url(started) != f"http://127.0.0.1:{taken}"
+        chat = started.line_with("mlx-serving-router chat --url").removeprefix("or").split()
+        assert "How can I help you?" in cli(*chat[1:], "Hello", scratch=tmp_path).output
         if shutil.which("curl"):
             assert "How can I help you?" in json.dumps(_curl(started))
         workers = get(f"{_url(started)}/api/cluster/workers")
@@ -306,6 +324,35 @@ def test_up_serves_and_leaves_nothing_behind(
     if end != signal.SIGKILL:
         assert "Traceback" not in started.output
         assert "ended by itself" not in started.output
+
+
+def test_up_is_the_front_end_alone_where_that_is_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("mode: controller\nnats: {mode: none}\n")
+    with program(*ROUTER, "up", "--port", "0", "-c", "cluster.yaml", scratch=tmp_path) as started:
+        started.line_with("mode", "controller")
+        assert get(f"{_url(started)}/api/cluster/workers") == []
+        started.send(signal.SIGINT)
+        assert started.ends() == 0
+    assert "worker-1" not in started.output
+
+
+@pytest.mark.model
+@pytest.mark.nats
+def test_up_is_workers_alone_where_that_is_its_mode(
+    tmp_path: Path, model: Path, nats: NatsServer, nats_prefix: str
+) -> None:
+    (tmp_path / "cluster.yaml").write_text(
+        f"mode: worker\nnats: {{mode: external, serverUrl: '{nats.url}'}}\n"
+    )
+    command = (*ROUTER, "up", "-c", "cluster.yaml", "--prefix", nats_prefix, "--model", f"tiny={model}")
+    with program(*command, scratch=tmp_path) as started:
+        started.line_with("mode", "worker")
+        started.line_with("worker-1-", "is ready")
+        started.send(signal.SIGINT)
+        assert started.ends() == 0
+    assert "http://" not in started.output
+    assert "worker-1-" in started.output.splitlines()[-1], "it has ended"
+    assert all_gone(tmp_path)
 
 
 @pytest.mark.model
@@ -360,6 +407,7 @@ def test_serve_and_worker_meet_and_end(tmp_path: Path, model: Path, closed: int)
 def test_serve_starts_a_nats_server_again_that_died(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("nats: {embedded: {port: 0}}\n")
     with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
+        controller.line_with("controller started", "nats=embedded")
         server = re.search(r"process (\d+)", controller.line_with("NATS", "process"))
         assert server is not None
         os.kill(int(server[1]), signal.SIGKILL)
@@ -374,10 +422,20 @@ def test_serve_starts_a_nats_server_again_that_died(tmp_path: Path) -> None:
 def test_serve_without_nats_says_what_that_means(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("nats: {mode: none}\n")
     with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
-        controller.line_with("note", "no worker of another process can join")
+        controller.line_with("warning", "workers.static is empty", "no worker can ever join")
         assert get(f"{_url(controller)}/health") == {"status": "ok"}
         controller.send(signal.SIGTERM)
         assert controller.ends() == 0
+
+
+def test_serve_names_a_model_that_it_knows(tmp_path: Path, closed: int) -> None:
+    server = f"{{workerId: s, url: 'http://127.0.0.1:{closed}', models: ['llama=its-name']}}"
+    (tmp_path / "cluster.yaml").write_text(f"nats: {{mode: none}}\nworkers: {{static: [{server}]}}\n")
+    with program(*ROUTER, "serve", "--port", "0", "--config", "cluster.yaml", scratch=tmp_path) as controller:
+        assert '"model": "llama"' in controller.line_with("to try")
+        controller.send(signal.SIGTERM)
+        assert controller.ends() == 0
+    assert "warning" not in controller.output
 
 
 _STUCK = """
@@ -404,11 +462,24 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         assert started.ends() == 130
 
 
+def test_ctrl_c_before_it_has_begun_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    ended = cli("serve", scratch=tmp_path, PYTHONPATH=str(tmp_path))
+    assert (ended.process.returncode, ended.output) == (130, "")
+
+
 def test_without_typer_it_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['typer'] = None; import mlx_serving_router.cli"
     with program(sys.executable, "-c", code, scratch=tmp_path) as ended:
         assert ended.ends() == 1
     assert 'pip install "mlx-serving-router[cli]"' in ended.output
+
+
+def test_without_fastapi_it_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['fastapi'] = None; import mlx_serving_router.fastapi"
+    with program(sys.executable, "-c", code, scratch=tmp_path) as ended:
+        assert ended.ends() == 1
+    assert "pip install 'mlx-serving-router[fastapi]'" in ended.output.splitlines()[-1]
 
 
 def test_a_line_of_the_log_ends_with_what_was_given_beside_its_message() -> None:

@@ -89,6 +89,20 @@ async def test_the_echo_engine_answers_several_at_a_time(
                 assert (await anext(endless)).text.startswith("again ")
         worker.send(15)
         assert worker.ends() == 0, worker.output
+        first, *_, last = worker.output.splitlines()
+        assert "joins the fleet" in first
+        assert "has ended" in last
+
+
+def test_the_echo_engine_says_that_there_is_no_nats(tmp_path: Path, closed: int) -> None:
+    nowhere = {
+        "MLX_ROUTER__NATS__MODE": "external",
+        "MLX_ROUTER__NATS__SERVER_URL": f"nats://127.0.0.1:{closed}",
+    }
+    with program(sys.executable, ENGINES / "echo.py", scratch=tmp_path, **nowhere) as worker:
+        assert worker.ends() == 1
+    assert "Traceback" not in worker.output
+    assert "has stopped: cannot connect to NATS" in worker.output.splitlines()[-1]
 
 
 # === the worker in front of a server ===

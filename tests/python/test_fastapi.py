@@ -180,7 +180,8 @@ def test_a_body_without_end_is_refused(http: httpx.Client) -> None:
 def test_without_a_worker_everything_says_so() -> None:
     with serve(create_app(LOCAL)) as url, httpx.Client(base_url=url) as http:
         assert http.get("/health").status_code == 200
-        assert http.get("/ready").status_code == 503
+        ready = http.get("/ready")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "no worker is known")
         assert http.get("/v1/models").json() == {"object": "list", "data": []}
         refused = http.post("/v1/chat/completions", json=chat())
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "NO_WORKERS_AVAILABLE")
@@ -203,6 +204,34 @@ def test_keys_guard_the_apis_and_nothing_else() -> None:
                 assert refused.headers["www-authenticate"] == "Bearer"
             assert http.get(path, headers={"authorization": "Bearer right"}).status_code in (200, 404)
         assert http.post("/v1/chat/completions", content=b"{").status_code == 401
+        # What is not there is nobody's business either.
+        right = {"authorization": "Bearer right"}
+        for method, path, status in (
+            ("GET", "/v1", 404), ("GET", "/v1/nothing", 404), ("GET", "/api/nothing", 404), ("DELETE", "/api", 404),
+            ("DELETE", "/v1/models", 405), ("POST", "/api/cluster/status", 405),
+        ):  # fmt: skip
+            refused = http.request(method, path)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert refused.headers["x-request-id"]
+            assert http.request(method, path, headers=right).status_code == status
+        assert http.get("/v1nothing").status_code == 404
+
+
+def test_a_router_in_another_application_guards_its_own_addresses() -> None:
+    app = FastAPI()
+    app.include_router(controller_router(Fleet(apiKeys=["right"]).controller), prefix="/llm")
+    with serve(app) as url, httpx.Client(base_url=url) as http:
+        assert http.delete("/llm/v1/models").status_code == 401
+        assert http.delete("/llm/v1/models", headers={"authorization": "Bearer right"}).status_code == 405
+        assert http.get("/llm/v1/nothing").status_code == 404, "what is not ours is the application's"
+
+
+def test_life_can_be_asked_for_without_a_body(http: httpx.Client) -> None:
+    for path in ("/health", "/ready"):
+        answer = http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert answer.headers["x-request-id"]
+        assert http.post(path).status_code == 405
 
 
 # === the fleet ===

@@ -265,6 +265,10 @@ def test_a_minute_later_there_is_room_again() -> None:
         pass
     assert caught.value.headers is not None
     assert caught.value.headers["retry-after-ms"] == "500"
+    assert str(caught.value) == (
+        "key number 1 has reached its limit of completions that begin in a minute (requestsPerMinute: 2);"
+        " the next may begin in 1 s"
+    )
     with place(request):
         pass
     with pytest.raises(HttpError), place(request):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import pty
@@ -16,14 +17,14 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING
 
-import httpx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from mlx_serving_router import ClusterConfig, WorkerNode
+from mlx_serving_router import ClusterConfig, ControllerErrorCode, WorkerNode, _chat, _top
 from mlx_serving_router.cli import app
 from mlx_serving_router.testing import ANSWER, TestCluster, answer, fail, stall
-from programs import MODEL, program
+from programs import MODEL
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -110,7 +111,8 @@ def test_a_question_is_answered_with_nothing_but_the_answer(cluster: TestCluster
 
 def test_a_question_may_come_on_standard_input_with_all_that_a_model_is_told(cluster: TestCluster) -> None:
     options = ("--system", "Be short.", "--max-tokens", "7", "--temperature", "0.5", "--model", "tiny")
-    told = run("chat", "--url", f"{cluster.api_url}/v1/", *options, stdin="Hello?\n")
+    address = cluster.api_url.removeprefix("http://")
+    told = run("chat", "--url", f"{address}/v1/", *options, stdin="Hello?\n")
     assert (told.exit_code, told.output) == (0, f"{ANSWER}\n")
     (asked,) = [received.request for worker in cluster.workers for received in worker.requests]
     assert asked.messages == [
@@ -157,6 +159,13 @@ def test_a_conversation_in_a_terminal(cluster: TestCluster) -> None:
     assert contents[:3] == ["Hello", ANSWER, "And now?"]
     assert contents[-1] == "Once more"
     assert len({received.request.session_id for received in busy.requests}) == 1
+
+
+def test_no_rate_is_told_of_an_answer_that_came_at_once() -> None:
+    turn = _chat._Turn(tokens=11, begun=0.0, first=1.0, last=1.0002)
+    assert turn.facts("") == "the first token after 1000 ms, 11 tokens"
+    turn.last = 2.0
+    assert turn.facts("").endswith("11 tokens, 10 tokens/s")
 
 
 # === bench ===
@@ -224,6 +233,40 @@ def test_top_is_live_in_a_terminal_and_ends_with_ctrl_c(cluster: TestCluster) ->
         terminal.until("FORCED_OPEN")
         os.killpg(terminal.process.pid, signal.SIGINT)
         assert terminal.process.wait(10) == 130
+
+
+def test_a_screen_of_80_columns_has_names_give_way_and_nothing_else() -> None:
+    codes = [str(code) for code in ControllerErrorCode]
+    request = {
+        "requestId": "0123456789abcdef", "modelId": "mlx-community/Llama-3.2-3B-Instruct-4bit", "tokens": 100000,
+        "selectedWorker": "studio-of-somebody-upstairs", "attempts": [{}] * 3, "timeToFirstTokenMs": 999,
+        "durationMs": 59_940.0, "status": "succeeded", "finalError": None,
+    }  # fmt: skip
+    failed = [{**request, "status": "failed", "finalError": {"code": code}} for code in codes]
+    cancelled = {**request, "status": "cancelled", "finalError": {"code": "CANCELLED"}}
+    worker = {
+        "workerId": "studio-of-somebody-upstairs", "status": "degraded", "phase": "draining", "inFlight": 128,
+        "breaker": "FORCED_OPEN", "lastSeenMs": 999, "models": ["mlx-community/Llama-3.2-3B-Instruct-4bit"] * 2,
+    }  # fmt: skip
+    status = {
+        "state": "ready",
+        "workers": {"online": 1, "total": 1},
+        "requests": {"active": 0, "queued": 0, "completed": 9},
+    }
+    screen = Console(width=80, file=io.StringIO(), record=True)
+    screen.print(
+        _top.render(_top.View(0.0, status, [worker], [*failed, cancelled, request]), None, 60, "http://host")
+    )
+    lines = screen.export_text().splitlines()
+    assert max(len(line) for line in lines) <= 80
+    (shown,) = [line.split() for line in lines if "FORCED_OPEN" in line]
+    assert shown[1:7] == ["degraded", "draining", "FORCED_OPEN", "128", "999", "ms"]
+    assert shown[0].startswith("studio")
+    words = [line.split() for line in lines if line.startswith("0123")]
+    assert [line[-1] for line in words] == ["succeeded", "cancelled", *reversed(codes)]
+    for line in words:
+        assert line[-7:-1] == ["3", "999", "ms", "59.9", "s", "100000"]
+        assert line[2].startswith("studio")
 
 
 class Elsewhere(BaseHTTPRequestHandler):
@@ -365,6 +408,11 @@ def test_doctor_knows_a_front_end_that_runs(cluster: TestCluster, tmp_path: Path
     assert told.exit_code == 0
     assert "is ready, with 2 workers" in told.output
     assert f"s at {cluster.api_url}: tiny" in told.output
+    for worker in cluster.workers:
+        cluster.controller.force_open_circuit_breaker(worker.worker_id)
+    (line,) = [line for line in run("doctor", "-c", str(file)).output.splitlines() if "is not ready" in line]
+    assert line.startswith("note")
+    assert "none of 2 workers can serve" in line
 
 
 # === config ===
@@ -379,6 +427,20 @@ def test_config_validate_says_nothing_or_where_it_is_wrong(tmp_path: Path) -> No
     told = run("config", "validate", str(file))
     assert told.exit_code == 1
     assert f"{file}:3:5: requestRouting.retry.maxRetris: unknown key; did you mean maxRetries?" in told.output
+
+
+def test_what_a_controller_refuses_is_found_before_one_is_started(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("nats: {mode: none}\nrequestRouting: {hedging: {enabled: true}}\n")
+    for command in (
+        ("config", "validate", str(file)),
+        ("doctor", "-c", str(file)),
+        ("serve", "-c", str(file)),
+    ):
+        told = run(*command)
+        assert told.exit_code == 1, told.output
+        assert f"{file}: requestRouting.hedging.enabled: hedging is not available" in told.output
+        assert "http://" not in told.output, "nothing was started"
 
 
 def test_config_show_hides_secrets_and_knows_the_environment(
@@ -403,43 +465,3 @@ def test_config_schema_is_the_modules() -> None:
 def test_shells_can_complete() -> None:
     told = run("--show-completion", "bash")
     assert "mlx-serving-router" in told.output or "complete" in told.output
-
-
-# === the end of a front-end ===
-
-
-@pytest.mark.nats
-async def test_a_front_end_that_ends_tells_those_whose_time_is_over(nats: NatsServer, tmp_path: Path) -> None:
-    settings = {"nats": {"mode": "external", "serverUrl": nats.url, "subjectPrefix": "drain."}}
-    file = tmp_path / "cluster.json"
-    file.write_text(json.dumps({**settings, "controller": {"port": 0, "drainTimeoutMs": 200}}))
-
-    async def endless(_request: InferenceRequest) -> AsyncIterator[str]:
-        while True:
-            yield "x"
-            await asyncio.sleep(0.05)
-
-    async with WorkerNode(endless, config=settings, models=["tiny"]):
-        with program(*ROUTER, "serve", "-c", str(file), scratch=tmp_path) as front_end:
-            line = await asyncio.to_thread(front_end.line_with, "OpenAI", "/v1")
-            url = line.split()[-1].removesuffix("/v1")
-            async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-                body = {
-                    "model": "tiny",
-                    "messages": [{"role": "user", "content": "Hello"}],
-                    "max_tokens": 10**6,
-                }
-                while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 nobody tells
-                    await asyncio.sleep(0.05)
-                whole = asyncio.create_task(client.post("/v1/chat/completions", json=body))
-                async with client.stream(
-                    "POST", "/v1/chat/completions", json={**body, "stream": True}
-                ) as stream:
-                    lines = stream.aiter_lines()
-                    first = await anext(lines)
-                    assert first.startswith("data:")
-                    front_end.send(signal.SIGTERM)
-                    events = [line async for line in lines if line]
-                assert json.loads(events[-1].removeprefix("data:"))["error"]["code"] == "CONTROLLER_NOT_READY"
-                answer = await whole
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "CONTROLLER_NOT_READY")
