@@ -101,6 +101,12 @@ async def test_nobody_waits_for_fewer_workers_than_none() -> None:
             await controller.wait_for_workers(-1, timeout=1)
 
 
+async def test_a_file_for_tls_that_is_missing_is_named() -> None:
+    config = {"nats": {"mode": "external", "tls": {"caFile": "/nowhere/ca.pem"}}}
+    with pytest.raises(ControllerError, match=r"nats\.tls\.caFile /nowhere/ca\.pem: No such file"):
+        await ControllerNode(config).start()
+
+
 @pytest.mark.nats
 @pytest.mark.parametrize(
     ("authorization", "login"),
@@ -121,7 +127,7 @@ async def test_urls_may_bring_credentials(authorization: list[str], login: str) 
             url = f"127.0.0.1:{port}"
             async with ControllerNode({"nats": {"mode": "external", "serverUrl": f"nats://{login}{url}"}}):
                 pass
-            with pytest.raises(ControllerError, match="authorization violation"):
+            with pytest.raises(ControllerError, match=r"authorization violation; .* nats\.user"):
                 await ControllerNode({"nats": {"mode": "external", "serverUrl": f"nats://{url}"}}).start()
         finally:
             server.terminate()

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Event, HeaderMap, ServerAddr, StatusCode, Subject};
+use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, HeaderMap, ServerAddr, StatusCode, Subject};
 use bytes::Bytes;
 use futures_util::{StreamExt, TryFutureExt};
 use percent_encoding::percent_decode_str;
@@ -91,15 +91,9 @@ impl NatsConnection {
                 std::future::ready(())
             })
             .connection_timeout(share);
-        let failed = |why: String| {
-            ControllerError::new(
-                ControllerErrorCode::NatsError,
-                format!(
-                    "cannot connect to NATS at {}: {why}; start a nats-server there, correct nats.serverUrl, \
-                     or set nats.mode to embedded (a server of our own) or none (local and HTTP workers only)",
-                    config.server_url.shown()
-                ),
-            )
+        let failed = |why: String, advice: &str| {
+            let servers = config.server_url.shown();
+            ControllerError::new(ControllerErrorCode::NatsError, format!("cannot connect to NATS at {servers}: {why}; {advice}"))
         };
         match tokio::time::timeout(limit, options.connect(urls)).await {
             Ok(Ok(client)) => {
@@ -112,8 +106,8 @@ impl NatsConnection {
                     _compares: Arc::new(AbortOnDropHandle::new(compares)),
                 })
             }
-            Ok(Err(error)) => Err(failed(error.to_string())),
-            Err(_) => Err(failed(format!("no answer within {} ms", limit.as_millis()))),
+            Ok(Err(error)) => Err(failed(error.to_string(), advice(error.kind()))),
+            Err(_) => Err(failed(format!("no answer within {} ms", limit.as_millis()), advice(ConnectErrorKind::TimedOut))),
         }
     }
 
@@ -275,6 +269,20 @@ impl Incoming {
     }
 }
 
+/// What to do about it.
+fn advice(kind: ConnectErrorKind) -> &'static str {
+    match kind {
+        ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
+            "the server wants to know who we are: give nats.user and nats.password, nats.credentialsFile, or a login in nats.serverUrl"
+        }
+        ConnectErrorKind::Tls => "correct nats.tls: the files that it names, or whether the server speaks TLS at all",
+        _ => {
+            "start a nats-server there, correct nats.serverUrl, or set nats.mode to embedded (a server of our own) or none (local \
+             and HTTP workers only)"
+        }
+    }
+}
+
 async fn options(config: &NatsConfig, client_name: &str) -> Result<ConnectOptions, ControllerError> {
     let mut options = ConnectOptions::new()
         .name(client_name)
@@ -297,6 +305,14 @@ async fn options(config: &NatsConfig, client_name: &str) -> Result<ConnectOption
         options = options.credentials_file(path).await.map_err(|error| {
             ControllerError::new(ControllerErrorCode::NatsError, format!("nats.credentialsFile {path}: {error}"))
         })?;
+    }
+    let tls = &config.tls;
+    for (key, path) in [("caFile", &tls.ca_file), ("certFile", &tls.cert_file), ("keyFile", &tls.key_file)] {
+        if let Some(path) = path
+            && let Err(error) = std::fs::metadata(path)
+        {
+            return Err(ControllerError::new(ControllerErrorCode::NatsError, format!("nats.tls.{key} {path}: {error}")));
+        }
     }
     if let Some(path) = &config.tls.ca_file {
         options = options.add_root_certificates(path.into()).require_tls(true);
