@@ -92,6 +92,9 @@ def bench_check(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.update and options.only:
         parser.error("--update writes all of them: leave --only out")
+    if options.only:
+        # At once: the program that knows the cases is built in minutes, and should not be for a wrong name.
+        instructions.chosen(instructions.read().instructions, options.only)
     if sys.platform == "darwin":
         print(
             "bench-check compares nothing: valgrind does not run on this system, and counts the instructions."

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving_router.nats_server import NatsServer
+from programs import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
 
     from cluster import WorkerProcess
 
@@ -62,3 +64,17 @@ def closed() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture
+def benches() -> Iterator[Callable[[str], ModuleType]]:
+    """The modules of benches/, by name."""
+    with modules_of("benches") as modules:
+        yield modules
+
+
+@pytest.fixture
+def scripts() -> Iterator[Callable[[str], ModuleType]]:
+    """The modules of scripts/, by name."""
+    with modules_of("scripts") as modules:
+        yield modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +111,20 @@ def load(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def modules_of(folder: str) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports modules of a folder of this checkout that is no package, by name; they are forgotten afterwards."""
+    home = ROOT / folder
+    sys.path.insert(0, str(home))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(home))
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent == home:
+                del sys.modules[name]
 
 
 def left_behind(marker: Path) -> list[str]:
