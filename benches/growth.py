@@ -73,7 +73,7 @@ async def _run(options: argparse.Namespace) -> int:
 
 
 def _role(name: str, *arguments: Any) -> Process:
-    return Process(name, [sys.executable, "-B", str(Path(__file__).resolve()), name, json.dumps(arguments)])
+    return Process(name, [sys.executable, str(Path(__file__).resolve()), name, json.dumps(arguments)])
 
 
 # === rounds ===
