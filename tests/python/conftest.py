@@ -8,13 +8,12 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
 from mlx_serving_router.nats_server import NatsServer
-from programs import modules_of
+from programs import free_port, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,10 +59,7 @@ def tiny_workers(nats: NatsServer, tiny_prefix: str) -> Iterator[list[WorkerProc
 @pytest.fixture
 def closed() -> int:
     """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_port()
 
 
 @pytest.fixture

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +72,7 @@ class Program:
         return status
 
 
-@contextmanager
+@contextlib.contextmanager
 def program(*command: str | Path, scratch: Path, **environment: str) -> Iterator[Program]:
     """A program that runs; it is gone afterwards. `scratch` is its directory for temporary files."""
     with subprocess.Popen(
@@ -113,7 +115,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-@contextmanager
+@contextlib.contextmanager
 def modules_of(folder: str) -> Iterator[Callable[[str], ModuleType]]:
     """Imports modules of a folder of this checkout that is no package, by name; they are forgotten afterwards."""
     home = ROOT / folder
@@ -125,6 +127,19 @@ def modules_of(folder: str) -> Iterator[Callable[[str], ModuleType]]:
         for name, module in list(sys.modules.items()):
             if Path(getattr(module, "__file__", None) or "/").parent == home:
                 del sys.modules[name]
+
+
+def free_port() -> int:
+    """A port on which nothing listens.
+
+    It is none of those that systems hand out by themselves, so that nobody gets it before it is used: tests run beside
+    others, and connections have ports, too.
+    """
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def left_behind(marker: Path) -> list[str]:

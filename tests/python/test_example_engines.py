@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -15,7 +14,7 @@ import pytest
 
 from cluster import LOADING, MODEL, PATIENCE, ask, failure, read, received, routing, settings, text, until
 from mlx_serving_router import ControllerError, ControllerNode, InferenceRequest, WorkerNode
-from programs import ROOT, load, program
+from programs import ROOT, free_port, load, program
 from relay import Relay
 
 if TYPE_CHECKING:
@@ -35,6 +34,9 @@ ALONE = routing(
     streamingTimeoutMs=60_000,
     streamIdleTimeoutMs=60_000,
 )
+
+#: Of an answer that goes on: without the tokens that end it, which chance finds sooner or later.
+ENDLESS: dict[str, Any] = {"max_tokens": 1500, "temperature": 4.0, "logit_bias": {"0": -100, "2": -100}}
 
 
 def environment(nats: NatsServer, prefix: str) -> dict[str, str]:
@@ -85,9 +87,7 @@ async def test_the_echo_engine_answers_several_at_a_time(
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an mlx_lm.server with the tiny model."""
     pytest.importorskip("mlx_lm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", MODEL, "--port", str(port)]
     with program(*command, scratch=tmp_path_factory.mktemp("server")) as started:
         started.line_with("Starting httpd")
@@ -140,7 +140,7 @@ async def test_leaving_a_stream_hangs_up_on_the_server(
     nats: NatsServer, nats_prefix: str, server: int
 ) -> None:
     async with Relay(server) as relay, fleet(nats, nats_prefix, relay.port) as controller:
-        endless = ask("Tell me a story.", max_tokens=1500, temperature=4.0)
+        endless = ask("Tell me a story.", **ENDLESS)
         stream = await controller.handle_streaming_request(endless)
         async with stream:
             await anext(stream)
@@ -163,9 +163,7 @@ async def test_what_the_server_refuses_and_its_absence_have_codes_of_their_own(
     async with Relay(server) as relay, fleet(nats, nats_prefix, relay.port) as controller:
         refused = await failure(controller.handle_buffered_request(ask(logprobs=20)))
         assert (refused.code, "400" in refused.message) == ("REQUEST_VALIDATION_FAILED", True)
-        stream = await controller.handle_streaming_request(
-            ask("Tell me a story.", max_tokens=1500, temperature=4.0)
-        )
+        stream = await controller.handle_streaming_request(ask("Tell me a story.", **ENDLESS))
         await anext(stream)
         await relay.cut()
         _, error = await received(stream)
