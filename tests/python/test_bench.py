@@ -68,7 +68,7 @@ def test_the_workers_benchmark_compares_both_sides() -> None:
 
 @_with_workers
 def test_the_benchmark_of_turns_compares_affinity_with_none() -> None:
-    printed = _of_worker("turns", "--rounds=1", "--sessions=1")
+    printed = _of_worker("turns", "--rounds=1", "--sessions=1", "--workers=2")
     assert re.search(r"[\d.]+ of the time to first token at random, with affinity", printed)
     assert re.search(r"[\d.]+ of that of another worker, on its own, after 1[56]\d\d tokens", printed)
 
@@ -85,11 +85,11 @@ def test_the_benchmark_of_liveness_listens_and_cancels() -> None:
 def test_a_small_soak_answers_rightly_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """Whether memory is flat takes thousands of requests, and is left to the whole one."""
     kept = tmp_path / "soak.json"
-    printed = _of_worker("soak", "--requests=300", "--growth=1000", f"--output={kept}")
+    printed = _of_worker("soak", "--requests=120", "--growth=1000", f"--output={kept}")
     assert "wrong answers: 0; left behind: 0" in printed
     soak = json.loads(kept.read_text(encoding="utf-8"))
     assert set(soak["ends"]) == {"answered", "left"}
-    assert soak["samples"][-1]["requests"] == 300
+    assert soak["samples"][-1]["requests"] == 120
 
 
 # === the sums ===
