@@ -5,6 +5,7 @@ Nothing here needs the extension module.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import os
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from cluster import WorkerProcess
 
 _prefixes = itertools.count(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a test that collects garbage need not have all of it looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
