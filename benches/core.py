@@ -34,8 +34,9 @@ def measure(program: Path, *, quick: bool) -> list[Row]:
     Raises:
         CoreError: The program failed.
     """
-    lengths = (0.2, 0.4, 15) if quick else (0.5, 2, 50)
-    options = zip(("--warm-up-time", "--measurement-time", "--sample-size"), map(str, lengths), strict=True)
+    names = ("--warm-up-time", "--measurement-time", "--sample-size", "--nresamples")
+    values = (0.2, 0.4, 15, 1001) if quick else (0.5, 2, 50, 100_000)
+    options = zip(names, map(str, values), strict=True)
     with tempfile.TemporaryDirectory() as home:
         _run(program, "--bench", *(word for option in options for word in option), home=home)
         nanoseconds = {

@@ -165,7 +165,7 @@ class _Start:
     def _called(self, name: str, python: str, script: str, workers: int | list[str]) -> None:
         path = Path(__file__).with_name(script)
         arguments = [json.dumps(asdict(self._setup)), _LOOP, json.dumps(workers)]
-        self.sides[name] = self._processes.start(name, [python, "-B", str(path), *arguments])[0]
+        self.sides[name] = self._processes.start(name, [python, str(path), *arguments])[0]
 
     @contextlib.contextmanager
     def _excused(self, name: str) -> Iterator[None]:

@@ -65,7 +65,7 @@ def start(
         "heartbeat_ms": heartbeat_ms,
         "engine": engine,
     }
-    return Process(worker_id, [sys.executable, "-B", __file__, json.dumps(setup)])
+    return Process(worker_id, [sys.executable, __file__, json.dumps(setup)])
 
 
 @contextlib.contextmanager

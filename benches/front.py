@@ -214,7 +214,7 @@ _ROLES = {"front": _front, "constant": _constant}
 
 
 def _command(role: str, http: str) -> list[str]:
-    return [sys.executable, "-B", str(Path(__file__).resolve()), role, json.dumps({"http": http})]
+    return [sys.executable, str(Path(__file__).resolve()), role, json.dumps({"http": http})]
 
 
 def _options() -> argparse.Namespace:

@@ -73,7 +73,7 @@ async def _run(options: argparse.Namespace) -> int:
 
 
 def _role(name: str, *arguments: Any) -> Process:
-    return Process(name, [sys.executable, "-B", str(Path(__file__).resolve()), name, json.dumps(arguments)])
+    return Process(name, [sys.executable, str(Path(__file__).resolve()), name, json.dumps(arguments)])
 
 
 # === rounds ===
@@ -84,7 +84,8 @@ def _rounds(options: argparse.Namespace, sizes: dict[int, Process], ask: Any) ->
     rounds = []
     for number in range(options.rounds + 1):
         order = list(sizes)[number % len(sizes) :] + list(sizes)[: number % len(sizes)]
-        found = {size: ask(sizes[size], size, options.seconds if number else 0.5) for size in order}
+        seconds = options.seconds if number else min(0.5, options.seconds)
+        found = {size: ask(sizes[size], size, seconds) for size in order}
         if number:  # the first warms up
             rounds.append(found)
     return summarize(rounds)
@@ -241,12 +242,12 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peers", type=Path, required=True, help="the Rust program (make bench names it)")
-    parser.add_argument("--rounds", type=int, default=9, help="that count")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one size in one round")
+    parser.add_argument("--rounds", type=int, help="that count (default 9)")
+    parser.add_argument("--seconds", type=float, help="of one size in one round (default 1)")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 0.3 s: a first look")
     options = parser.parse_args()
-    if options.quick:
-        options.rounds, options.seconds = 2, 0.3
+    options.rounds = options.rounds or (2 if options.quick else 9)
+    options.seconds = options.seconds or (0.3 if options.quick else 1.0)
     return options
 
 

@@ -316,7 +316,7 @@ _ROLES = {"loading": _loading, "watched": _watched}
 
 def _started(role: str, url: str, options: argparse.Namespace) -> Process:
     setup = {"url": url, "model": os.fspath(options.model)}
-    return Process(role, [sys.executable, "-B", __file__, role, json.dumps(setup)])
+    return Process(role, [sys.executable, __file__, role, json.dumps(setup)])
 
 
 def _say(answer: dict[str, Any]) -> None:

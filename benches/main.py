@@ -93,7 +93,7 @@ def _run_programs(options: argparse.Namespace) -> int:
     """Runs what is a program of its own, and returns the first exit status that is not 0."""
     for name in options.programs:
         print(f"\n=== {name}", flush=True)
-        command = [sys.executable, "-B", _ROOT / "benches" / name]
+        command = [sys.executable, _ROOT / "benches" / name]
         if name not in _PROGRAMS["worker"]:
             command += ["--peers", options.peers, *(["--quick"] if options.quick else [])]
         status = subprocess.run(command, check=False).returncode

@@ -77,7 +77,7 @@ Sample = dict[str, Any]
 
 
 def _scenario(name: str, mode: str, setup: dict[str, Any]) -> list[Sample]:
-    command = [sys.executable, "-B", str(Path(__file__).resolve()), name, json.dumps(setup)]
+    command = [sys.executable, str(Path(__file__).resolve()), name, json.dumps(setup)]
     process = Process(f"{name}, {mode}", command, environment={**os.environ, **_MODES[mode]})
     try:
         answer: list[Sample] = process.read(300.0)["samples"]

@@ -94,7 +94,7 @@ class Routers:
     def ours(self, name: str, config: Mapping[str, Any]) -> Routed:
         """Our front-end, when it can reach a worker."""
         script = Path(__file__).with_name("side_front.py")
-        process = Process(name, [sys.executable, "-B", str(script), json.dumps(config)])
+        process = Process(name, [sys.executable, str(script), json.dumps(config)])
         self._ends.callback(process.wait)
         self._ends.callback(process.end)
         port = process.read(_START_SECONDS)["port"]

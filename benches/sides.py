@@ -68,7 +68,7 @@ class Processes:
         """Returns when the side has found the worker."""
         program, *rest = SIDES[name]
         if program.endswith(".py"):
-            command = [sys.executable, "-B", str(_HERE / program), self._setup, *rest]
+            command = [sys.executable, str(_HERE / program), self._setup, *rest]
         else:
             command = [str(self._peers), program, self._setup]
         return self.start(name, command)[0]

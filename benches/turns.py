@@ -1,4 +1,4 @@
-"""Usage: python benches/turns.py [--rounds N] [--sessions N] [--model FOLDER].
+"""Usage: python benches/turns.py [--rounds N] [--sessions N] [--workers N] [--model FOLDER].
 
 What it is worth that a conversation comes back to its worker: the time to the first token of growing turns on four
 workers, with session affinity and at random, one after the other within each round; and that of the next turn of a long
@@ -23,7 +23,6 @@ import fleet
 from mlx_serving_router import ControllerNode, InferenceRequest
 from mlx_serving_router.nats_server import NatsServer
 
-_WORKERS = [f"w-{number}" for number in range(1, 5)]
 _TURNS = 6
 _AT_A_TIME = 2
 _ANSWER = 16  # tokens
@@ -65,7 +64,8 @@ async def _run(options: argparse.Namespace) -> int:
         "random": {"strategy": "weighted_random", "sessionAffinity": False},
     }
     with NatsServer(port=0) as nats:
-        workers = [fleet.start(nats.url, name, model=options.model) for name in _WORKERS]
+        names = [f"w-{number}" for number in range(1, options.workers + 1)]
+        workers = [fleet.start(nats.url, name, model=options.model) for name in names]
         with fleet.ready(workers):
             sides = {
                 name: ControllerNode(fleet.config(nats.url, loadBalancing=settings, requestRouting=_LIMITS))
@@ -73,7 +73,7 @@ async def _run(options: argparse.Namespace) -> int:
             }
             async with sides["affinity"], sides["random"]:
                 for controller in sides.values():
-                    await controller.wait_for_workers(len(_WORKERS), timeout=60)
+                    await controller.wait_for_workers(len(workers), timeout=60)
                 ratios = await _rounds(sides, options)
                 warm, cold, tokens = await _long(sides["affinity"], options)
     print(f"\nmedians of {options.rounds} rounds; load of the machine {os.getloadavg()[0]:.1f}:")
@@ -174,6 +174,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default 7)")
     parser.add_argument("--sessions", type=int, default=8, help="sessions of a side in a round (default 8)")
+    parser.add_argument("--workers", type=int, default=4, help="two at least (default 4)")
     parser.add_argument("--model", type=Path, default=fleet.MODEL, help="the model's folder")
     return parser.parse_args()
 

@@ -187,7 +187,7 @@ def _shown(measured: dict[str, float]) -> str:
 
 
 def _started(role: str, setup: dict[str, Any]) -> Process:
-    return Process(role, [sys.executable, "-B", __file__, role, json.dumps(setup)])
+    return Process(role, [sys.executable, __file__, role, json.dumps(setup)])
 
 
 def _free_port() -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SETUP_STEPS = 2
+#: How many Python tests run beside each other: each may start workers that hold a model.
+_MOST_BESIDE = 4
 
 
 def main(arguments: list[str]) -> int:
@@ -92,6 +94,9 @@ def bench_check(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.update and options.only:
         parser.error("--update writes all of them: leave --only out")
+    if options.only:
+        # At once: the program that knows the cases is built in minutes, and should not be for a wrong name.
+        instructions.chosen(instructions.read().instructions, options.only)
     if sys.platform == "darwin":
         print(
             "bench-check compares nothing: valgrind does not run on this system, and counts the instructions."
@@ -149,7 +154,9 @@ def test(arguments: list[str]) -> int:
         steps.begin(name)
         results.append(_job(name, rust))
     steps.begin("Python tests")
-    results.append(_job("Python tests", [PYTHON, "-m", "pytest", *arguments]))
+    # They wait for other processes half of the time. Neighbours share what a module has started, and stay together.
+    beside = ["-n", str(min(int(jobs), _MOST_BESIDE)), "--dist", "worksteal"]
+    results.append(_job("Python tests", [PYTHON, "-m", "pytest", *beside, *arguments]))
     return _summary("test", results)
 
 

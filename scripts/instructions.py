@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from environment import ROOT, environment
 from progress import StepError
@@ -31,6 +31,8 @@ FIGURES = ROOT / "benches" / "check" / "figures.json"
 TOLERANCE = 0.05
 
 _LONGEST = 300.0  # seconds for one run
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -114,20 +116,30 @@ def cases(program: Path, names: str = "") -> dict[str, int]:
 
     Args:
         program: The program of benches/check.
-        names: Beginnings of names, with commas: only these. All of them where it is empty.
+        names: As of `chosen`.
 
     Raises:
         StepError: No case begins so.
     """
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    found = {name: int(times) for name, times in map(str.split, said.splitlines())}
+    return chosen({name: int(times) for name, times in map(str.split, said.splitlines())}, names)
+
+
+def chosen(found: Mapping[str, _T], names: str) -> dict[str, _T]:
+    """Those of the cases that were asked for.
+
+    Args:
+        found: Whatever is known of each case, by name.
+        names: Beginnings of names, with commas: only these. All of them where it is empty.
+
+    Raises:
+        StepError: No case begins with one of these names.
+    """
     wanted = tuple(name for name in names.split(",") if name)
-    if not wanted:
-        return found
-    chosen = {name: times for name, times in found.items() if name.startswith(wanted)}
-    if not chosen:
-        raise StepError(f"no case begins with {' or '.join(wanted)}; there are {', '.join(found)}")
-    return chosen
+    unknown = [name for name in wanted if not any(case.startswith(name) for case in found)]
+    if unknown:
+        raise StepError(f"no case begins with {' or '.join(unknown)}; there are {', '.join(found)}")
+    return {case: known for case, known in found.items() if not wanted or case.startswith(wanted)}
 
 
 def count(program: Path, chosen: Mapping[str, int], valgrind: Valgrind) -> dict[str, float]:

@@ -451,12 +451,13 @@ impl Inner {
         if let Err(error) = &why {
             tracing::error!(worker = self.id.as_str(), %error, "the worker has stopped");
         }
+        // Who waits for its fate finds it stopped.
+        self.state.send_replace(WorkerState::Stopped);
         self.fate.send_if_modified(|fate| {
             let first = fate.is_none();
             fate.get_or_insert(why);
             first
         });
-        self.state.send_replace(WorkerState::Stopped);
     }
 }
 

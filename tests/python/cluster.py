@@ -249,7 +249,7 @@ class Process:
     def __init__(self, *command: str | Path, **environment: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, "-B", *command],
+            [sys.executable, *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -5,22 +5,30 @@ Nothing here needs the extension module.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import os
-import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
 from mlx_serving_router.nats_server import NatsServer
+from programs import free_port, modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
 
     from cluster import WorkerProcess
 
 _prefixes = itertools.count(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a test that collects garbage need not have all of it looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +66,18 @@ def tiny_workers(nats: NatsServer, tiny_prefix: str) -> Iterator[list[WorkerProc
 @pytest.fixture
 def closed() -> int:
     """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_port()
+
+
+@pytest.fixture
+def benches() -> Iterator[Callable[[str], ModuleType]]:
+    """The modules of benches/, by name."""
+    with modules_of("benches") as modules:
+        yield modules
+
+
+@pytest.fixture
+def scripts() -> Iterator[Callable[[str], ModuleType]]:
+    """The modules of scripts/, by name."""
+    with modules_of("scripts") as modules:
+        yield modules

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +72,7 @@ class Program:
         return status
 
 
-@contextmanager
+@contextlib.contextmanager
 def program(*command: str | Path, scratch: Path, **environment: str) -> Iterator[Program]:
     """A program that runs; it is gone afterwards. `scratch` is its directory for temporary files."""
     with subprocess.Popen(
@@ -110,6 +113,33 @@ def load(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def modules_of(folder: str) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports modules of a folder of this checkout that is no package, by name; they are forgotten afterwards."""
+    home = ROOT / folder
+    sys.path.insert(0, str(home))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(home))
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent == home:
+                del sys.modules[name]
+
+
+def free_port() -> int:
+    """A port on which nothing listens.
+
+    It is none of those that systems hand out by themselves, so that nobody gets it before it is used: tests run beside
+    others, and connections have ports, too.
+    """
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def left_behind(marker: Path) -> list[str]:

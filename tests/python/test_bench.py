@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import signal
@@ -13,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from programs import built_bench
+from programs import ROOT, built_bench
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import ModuleType
 
-_ROOT = Path(__file__).resolve().parents[2]
 _SIDES = ["raw", "raw-headers", "rust", "python", "python-uvloop", "nats-py", "nats-py-uvloop"]
 _CELLS = ["buffered-1", "buffered-64", "streaming-1", "streaming-64"]
 _RATIOS = {"requests_per_second", "latency_p50_us", "latency_p99_us", "cpu_us_per_request"}
@@ -36,22 +34,20 @@ def peers() -> Path:
 
 
 def _command(peers: Path, output: Path, *options: str, routing: Path = Path("nowhere")) -> list[str]:
-    main = _ROOT / "benches" / "main.py"
+    main = ROOT / "benches" / "main.py"
     programs = (f"--peers={peers}", f"--routing={routing}")
-    return [sys.executable, "-B", str(main), *programs, f"--output={output}", *options]
+    return [sys.executable, str(main), *programs, f"--output={output}", *options]
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(_ROOT / "benches"))
-    yield importlib.import_module("report")
-    del sys.modules["report"]
+def report(benches: Callable[[str], ModuleType]) -> ModuleType:
+    return benches("report")
 
 
 def _of_worker(name: str, *options: str) -> str:
     """What a benchmark of workers with the tiny model prints."""
     pytest.importorskip("mlx_lm")
-    command = [sys.executable, "-B", str(_ROOT / "benches" / f"{name}.py"), *options]
+    command = [sys.executable, str(ROOT / "benches" / f"{name}.py"), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=280, check=True)
     return done.stdout
 
@@ -72,7 +68,7 @@ def test_the_workers_benchmark_compares_both_sides() -> None:
 
 @_with_workers
 def test_the_benchmark_of_turns_compares_affinity_with_none() -> None:
-    printed = _of_worker("turns", "--rounds=1", "--sessions=1")
+    printed = _of_worker("turns", "--rounds=1", "--sessions=1", "--workers=2")
     assert re.search(r"[\d.]+ of the time to first token at random, with affinity", printed)
     assert re.search(r"[\d.]+ of that of another worker, on its own, after 1[56]\d\d tokens", printed)
 
@@ -89,11 +85,11 @@ def test_the_benchmark_of_liveness_listens_and_cancels() -> None:
 def test_a_small_soak_answers_rightly_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """Whether memory is flat takes thousands of requests, and is left to the whole one."""
     kept = tmp_path / "soak.json"
-    printed = _of_worker("soak", "--requests=300", "--growth=1000", f"--output={kept}")
+    printed = _of_worker("soak", "--requests=120", "--growth=1000", f"--output={kept}")
     assert "wrong answers: 0; left behind: 0" in printed
     soak = json.loads(kept.read_text(encoding="utf-8"))
     assert set(soak["ends"]) == {"answered", "left"}
-    assert soak["samples"][-1]["requests"] == 300
+    assert soak["samples"][-1]["requests"] == 120
 
 
 # === the sums ===
@@ -133,10 +129,8 @@ def test_ratios_are_taken_within_a_round(report: ModuleType) -> None:
 
 
 @pytest.fixture
-def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(_ROOT / "benches"))
-    yield importlib.import_module("core")
-    del sys.modules["core"]
+def core(benches: Callable[[str], ModuleType]) -> ModuleType:
+    return benches("core")
 
 
 def test_a_figure_stands_beside_its_target(core: ModuleType) -> None:
@@ -305,8 +299,8 @@ def test_the_field_measures_ours_in_front_of_every_kind_of_worker(peers: Path, t
 
 @_whole
 def test_requests_to_workers_over_http_are_compared_with_direct_ones(peers: Path, tmp_path: Path) -> None:
-    program = str(_ROOT / "benches" / "http_workers.py")
-    command = [sys.executable, "-B", program, f"--peers={peers}", "--rounds=1", "--seconds=0.1"]
+    program = str(ROOT / "benches" / "http_workers.py")
+    command = [sys.executable, program, f"--peers={peers}", "--rounds=1", "--seconds=0.1"]
     done = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*.json")
@@ -321,7 +315,7 @@ def test_requests_to_workers_over_http_are_compared_with_direct_ones(peers: Path
 
 @pytest.mark.slow
 def test_the_front_end_is_compared_with_a_constant(tmp_path: Path) -> None:
-    command = [sys.executable, "-B", str(_ROOT / "benches" / "front.py"), "--rounds=1", "--seconds=0.1"]
+    command = [sys.executable, str(ROOT / "benches" / "front.py"), "--rounds=1", "--seconds=0.1"]
     done = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*.json")

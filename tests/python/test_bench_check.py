@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from programs import built_bench
+from programs import ROOT, built_bench
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
+    from pathlib import Path
     from types import ModuleType
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(_ROOT / "scripts"))
-    yield importlib.import_module("instructions")
-    del sys.modules["instructions"]
+def instructions(scripts: Callable[[str], ModuleType]) -> ModuleType:
+    return scripts("instructions")
 
 
 def _verdicts(changes: list[object]) -> dict[str, str]:
@@ -91,6 +86,33 @@ def test_figures_are_read_as_they_were_written(instructions: ModuleType, tmp_pat
 
     assert instructions.read(tmp_path / "figures.json") == instructions.Figures(
         {"rustc": "rustc 1.95.0"}, {"select": 123.4}
+    )
+
+
+def test_cases_are_chosen_by_how_their_names_begin(instructions: ModuleType) -> None:
+    figures = {"wire/decode": 1, "wire/encode": 2, "select/10": 3}
+
+    assert instructions.chosen(figures, "") == figures
+    assert instructions.chosen(figures, "wire/e,select") == {"wire/encode": 2, "select/10": 3}
+
+
+@pytest.mark.parametrize("names", ["nonsense", "wire,nonsense"])
+def test_an_unknown_case_is_refused_before_anything_is_built(
+    instructions: ModuleType, tmp_path: Path, names: str
+) -> None:
+    # Nothing that builds could be found.
+    done = subprocess.run(
+        [sys.executable, "-B", ROOT / "scripts" / "dev.py", "bench-check", f"--only={names}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": str(tmp_path)},
+    )
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        f"no case begins with nonsense; there are {', '.join(instructions.read().instructions)}"
+        in done.stderr
     )
 
 

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
-import sys
 import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
+from programs import ROOT
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
+    from pathlib import Path
     from types import ModuleType
-
-_ROOT = Path(__file__).resolve().parents[2]
-_MODULES = ("chart", "http_workers", "kept", "measure", "over_http", "page", "report", "rounds", "sides")
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """The modules of the benchmarks, by name."""
-    monkeypatch.syspath_prepend(str(_ROOT / "benches"))
-    yield importlib.import_module
-    for name in _MODULES:
-        sys.modules.pop(name, None)
 
 
 # === rounds ===
@@ -55,8 +43,8 @@ class _Side:
         return whole | {"failures": failures}
 
 
-def test_a_peer_that_fails_is_named_and_the_others_go_on(bench: Callable[[str], ModuleType]) -> None:
-    rounds, cell = bench("rounds"), bench("report").Cell("buffered", 1)
+def test_a_peer_that_fails_is_named_and_the_others_go_on(benches: Callable[[str], ModuleType]) -> None:
+    rounds, cell = benches("rounds"), benches("report").Cell("buffered", 1)
     asked: list[str] = []
     sides = {name: _Side(good, asked, name) for name, good in (("ours", 9), ("theirs", 2), ("others", 9))}
     dropped: dict[str, str] = {}
@@ -75,16 +63,16 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on(bench: Callable[[str], 
 
 
 def test_a_side_that_fails_ends_the_rounds_where_none_may_be_left_out(
-    bench: Callable[[str], ModuleType],
+    benches: Callable[[str], ModuleType],
 ) -> None:
-    rounds, cell = bench("rounds"), bench("report").Cell("buffered", 1)
+    rounds, cell = benches("rounds"), benches("report").Cell("buffered", 1)
 
-    with pytest.raises(bench("sides").SideError, match="ours, buffered-1: no good answer"):
+    with pytest.raises(benches("sides").SideError, match="ours, buffered-1: no good answer"):
         rounds.measure({"ours": _Side(0, [], "ours")}, [cell], rounds=1, seconds=1.0)
 
 
 def test_peers_are_installed_in_exact_versions() -> None:
-    groups = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     peers = [group for name, group in groups.items() if name.startswith("peers-")]
 
     assert len(peers) == 5
@@ -136,9 +124,9 @@ async def server() -> AsyncIterator[Callable[[list[bytes]], Any]]:
     ids=["at once", "in pieces", "chunked"],
 )
 async def test_whole_answers_are_counted(
-    bench: Callable[[str], ModuleType], server: Callable[[list[bytes]], Any], pieces: list[bytes]
+    benches: Callable[[str], ModuleType], server: Callable[[list[bytes]], Any], pieces: list[bytes]
 ) -> None:
-    load = bench("over_http").Load(await server(pieces), b"{}", stream=False, tokens=2)
+    load = benches("over_http").Load(await server(pieces), b"{}", stream=False, tokens=2)
 
     outcome = await load.run(concurrency=3, seconds=30.0, requests=20)
 
@@ -147,9 +135,9 @@ async def test_whole_answers_are_counted(
 
 
 async def test_tokens_of_streams_are_counted(
-    bench: Callable[[str], ModuleType], server: Callable[[list[bytes]], Any]
+    benches: Callable[[str], ModuleType], server: Callable[[list[bytes]], Any]
 ) -> None:
-    load = bench("over_http").Load(await server([_CHUNKED, *_EVENTS]), b"{}", stream=True, tokens=2)
+    load = benches("over_http").Load(await server([_CHUNKED, *_EVENTS]), b"{}", stream=True, tokens=2)
 
     outcome = await load.run(concurrency=3, seconds=30.0, requests=20)
 
@@ -169,18 +157,18 @@ async def test_tokens_of_streams_are_counted(
     ids=["refused", "a token is missing", "no end"],
 )
 async def test_a_wrong_answer_is_no_figure(
-    bench: Callable[[str], ModuleType], server: Callable[[list[bytes]], Any], pieces: list[bytes]
+    benches: Callable[[str], ModuleType], server: Callable[[list[bytes]], Any], pieces: list[bytes]
 ) -> None:
-    load = bench("over_http").Load(await server(pieces), b"{}", stream=True, tokens=2)
+    load = benches("over_http").Load(await server(pieces), b"{}", stream=True, tokens=2)
 
-    with pytest.raises(bench("measure").WrongAnswerError, match="no good answer"):
+    with pytest.raises(benches("measure").WrongAnswerError, match="no good answer"):
         await load.run(concurrency=1, seconds=30.0, requests=1)
 
 
 # === requests to workers over HTTP ===
 
 
-def test_what_the_controller_adds_is_taken_within_a_round(bench: Callable[[str], ModuleType]) -> None:
+def test_what_the_controller_adds_is_taken_within_a_round(benches: Callable[[str], ModuleType]) -> None:
     # The machine was ten times as slow in the second round.
     rounds = {"direct": (30.0, 300.0, 40.0), "rust": (60.0, 350.0, 60.0)}
     figures = {
@@ -188,7 +176,7 @@ def test_what_the_controller_adds_is_taken_within_a_round(bench: Callable[[str],
         for side, p50s in rounds.items()
     }
 
-    http_workers = bench("http_workers")
+    http_workers = benches("http_workers")
     compared = http_workers.compare({"buffered-1": figures, "streaming-1": figures})
 
     assert compared["whole answer"]["rust"]["is"] == {"median": 60, "min": 60, "max": 350}
@@ -204,9 +192,9 @@ def test_what_the_controller_adds_is_taken_within_a_round(bench: Callable[[str],
 
 
 def test_the_latest_run_that_has_a_figure_is_taken(
-    bench: Callable[[str], ModuleType], tmp_path: Path
+    benches: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
-    kept = bench("kept")
+    kept = benches("kept")
     for name, result in (("1", {"core": 1}), ("2", {"core": 2}), ("3", {"field": 3})):
         (tmp_path / f"2026010{name}T000000Z.json").write_text(json.dumps(result), encoding="utf-8")
 
@@ -219,8 +207,8 @@ def _lengths(svg: str) -> list[float]:
     return [float(bar.attrib["width"]) for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
 
 
-def test_bars_are_as_long_as_their_figures(bench: Callable[[str], ModuleType]) -> None:
-    chart = bench("chart")
+def test_bars_are_as_long_as_their_figures(benches: Callable[[str], ModuleType]) -> None:
+    chart = benches("chart")
 
     svg = chart.bars("a & b", "requests/s", [chart.Bar("one", 100, 90, 120), chart.Bar("<two>", 50, 50, 50)])
 
@@ -229,8 +217,8 @@ def test_bars_are_as_long_as_their_figures(bench: Callable[[str], ModuleType]) -
     assert "logarithmic" not in svg
 
 
-def test_bars_too_far_apart_for_one_scale_are_logarithmic(bench: Callable[[str], ModuleType]) -> None:
-    chart = bench("chart")
+def test_bars_too_far_apart_for_one_scale_are_logarithmic(benches: Callable[[str], ModuleType]) -> None:
+    chart = benches("chart")
 
     svg = chart.bars("", "µs", [chart.Bar(str(value), value, value, value) for value in (10_000, 1000, 100)])
 
@@ -240,7 +228,7 @@ def test_bars_too_far_apart_for_one_scale_are_logarithmic(bench: Callable[[str],
     assert "logarithmic scale" in svg
 
 
-def _cell(bench: Callable[[str], ModuleType], *sides: str) -> dict[str, Any]:
+def _cell(benches: Callable[[str], ModuleType], *sides: str) -> dict[str, Any]:
     figures = {"requests_per_second": 1234.0, "tokens_per_second": 9876.0, "first_token_p50_us": 77.0}
     figures |= {
         "latency_p50_us": 55.5,
@@ -249,7 +237,7 @@ def _cell(bench: Callable[[str], ModuleType], *sides: str) -> dict[str, Any]:
         "cpu_us_per_request": 33.3,
     }
     rounds = {side: [figures] for side in sides}
-    return {"summary": bench("report").summarize(rounds, {sides[0]: sides}), "rounds": rounds}
+    return {"summary": benches("report").summarize(rounds, {sides[0]: sides}), "rounds": rounds}
 
 
 def _run_of(kind: str, figures: Any, **others: Any) -> dict[str, Any]:
@@ -263,17 +251,20 @@ def _run_of(kind: str, figures: Any, **others: Any) -> dict[str, Any]:
     }
 
 
-def test_the_page_shows_every_kind_of_figure(bench: Callable[[str], ModuleType]) -> None:
+def test_the_page_shows_every_kind_of_figure(benches: Callable[[str], ModuleType]) -> None:
     row = {"name": "a decision", "unit": "ns", "at_least": float("-inf")}
     core = [row | {"measured": 250.0, "at_most": 300.0}, row | {"measured": 350.0, "at_most": 300.0}]
-    cells = {name: _cell(bench, "python", "raw") for name in ("buffered-1", "buffered-64", "streaming-64")}
+    cells = {name: _cell(benches, "python", "raw") for name in ("buffered-1", "buffered-64", "streaming-64")}
     field = {
         "rounds": 3,
         "seconds_per_round": 1.0,
         "tokens_per_stream": 64,
         "missing": {"slow-router": "cannot be <installed>"},
         "groups": {
-            "http": {"title": "over HTTP", "cells": {"streaming-1": _cell(bench, "ours", "direct", "theirs")}}
+            "http": {
+                "title": "over HTTP",
+                "cells": {"streaming-1": _cell(benches, "ours", "direct", "theirs")},
+            }
         },
     }
     spread = {"median": 2.0, "min": 1.0, "max": 3.0}
@@ -283,7 +274,7 @@ def test_the_page_shows_every_kind_of_figure(bench: Callable[[str], ModuleType])
     sides = {name: {"is": spread, "added": spread} for name in ("direct", "httpx", "rust")}
     lengths = {"1": {"compared": {"whole answer": sides}}}
 
-    written = bench("page").page(
+    written = benches("page").page(
         {
             "core": _run_of("core", core),
             "cells": _run_of("cells", cells, **of_cells),
@@ -309,8 +300,8 @@ def test_the_page_shows_every_kind_of_figure(bench: Callable[[str], ModuleType])
     assert all(len(_lengths(plot)) >= 2 for plot in plots)
 
 
-def test_the_page_says_how_to_get_what_is_missing(bench: Callable[[str], ModuleType]) -> None:
-    written = bench("page").page({"core": None})
+def test_the_page_says_how_to_get_what_is_missing(benches: Callable[[str], ModuleType]) -> None:
+    written = benches("page").page({"core": None})
 
     assert written.count("Not measured here yet") == 5
     assert "make bench ARGS=--only=field" in written

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from programs import built_bench
+from programs import ROOT, built_bench
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from types import ModuleType
 
-_ROOT = Path(__file__).resolve().parents[2]
+
+@pytest.fixture
+def growth(benches: Callable[[str], ModuleType]) -> ModuleType:
+    return benches("growth")
 
 
 @pytest.fixture
-def growth(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(_ROOT / "benches"))
-    yield importlib.import_module("growth")
-    del sys.modules["growth"]
-
-
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(_ROOT / "benches"))
-    yield importlib.import_module("memory")
-    del sys.modules["memory"]
+def memory(benches: Callable[[str], ModuleType]) -> ModuleType:
+    return benches("memory")
 
 
 def test_growth_is_to_the_smallest_of_the_same_round(growth: ModuleType) -> None:
@@ -84,20 +76,24 @@ def test_what_python_has_no_part_in_is_rusts(memory: ModuleType) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "options", "says"),
     [
-        ("memory", r"per stream +[\d,]+ B +[\d,]+ B +[\d,]+ B"),
-        ("growth", r"one core: p50 [\d.]+, p95 [\d.]+, p99 [\d.]+, p100 [\d.]+"),
+        ("memory", (), r"per stream +[\d,]+ B +[\d,]+ B +[\d,]+ B"),
+        (
+            "growth",
+            ("--rounds=1", "--seconds=0.1"),
+            r"one core: p50 [\d.]+, p95 [\d.]+, p99 [\d.]+, p100 [\d.]+",
+        ),
     ],
 )
-def test_a_quick_run_measures_everything(name: str, says: str) -> None:
+def test_a_quick_run_measures_everything(name: str, options: tuple[str, ...], says: str) -> None:
     command = [
         sys.executable,
-        "-B",
-        str(_ROOT / "benches" / f"{name}.py"),
+        str(ROOT / "benches" / f"{name}.py"),
         "--quick",
         "--peers",
         built_bench("peers"),
+        *options,
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=280, check=True)
     assert re.search(says, done.stdout), done.stdout

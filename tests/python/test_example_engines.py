@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -28,7 +27,7 @@ from cluster import (
     until,
 )
 from mlx_serving_router import ControllerError, ControllerNode, InferenceRequest, WorkerNode
-from programs import ROOT, load, program
+from programs import ROOT, free_port, load, program
 from relay import Relay
 
 if TYPE_CHECKING:
@@ -112,9 +111,7 @@ def test_the_echo_engine_says_that_there_is_no_nats(tmp_path: Path, closed: int)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an mlx_lm.server with the tiny model."""
     pytest.importorskip("mlx_lm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", MODEL, "--port", str(port)]
     with program(*command, scratch=tmp_path_factory.mktemp("server")) as started:
         started.line_with("Starting httpd")

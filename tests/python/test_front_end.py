@@ -25,6 +25,7 @@ from mlx_serving_router._http import HttpError
 from mlx_serving_router._keys import Keys, place
 from mlx_serving_router._serve import front_end, listen
 from mlx_serving_router.fastapi import create_app
+from programs import free_port
 from serving import PATIENCE, Fleet, serve
 
 if TYPE_CHECKING:
@@ -359,19 +360,12 @@ def test_a_body_that_nests_too_deep_is_refused() -> None:
 # === metrics ===
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def test_metrics_can_have_a_port_of_their_own() -> None:
-    port = free_port()
-    fleet = Fleet(metricsPort=port, apiKeys=["k"])
+def test_metrics_can_have_a_port_of_their_own(closed: int) -> None:
+    fleet = Fleet(metricsPort=closed, apiKeys=["k"])
     with serve(create_app(controller=fleet.controller)) as url:
         assert httpx.get(f"{url}/metrics").status_code == 404
         assert httpx.get(f"{url}/health").status_code == 200
-        own = f"http://127.0.0.1:{port}"
+        own = f"http://127.0.0.1:{closed}"
         assert "mlx_router_requests_active" in httpx.get(f"{own}/metrics").text
         for path in ("/health", "/ready"):
             assert httpx.get(f"{own}{path}").status_code == 200

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import ssl
 import sys
 import threading
@@ -20,7 +19,7 @@ from cluster import ENDLESS, ask, settings
 from enginejobs import MODEL
 from mlx_serving_router import ControllerError, ControllerNode, WorkerNode
 from mlx_serving_router.fastapi import create_app
-from programs import PATIENCE, ROOT, Program, program
+from programs import PATIENCE, ROOT, Program, free_port, program
 from serving import serve
 
 if TYPE_CHECKING:
@@ -106,13 +105,6 @@ class Server:
         """End it as a crash would."""
         self.program.send(signal.SIGKILL)
         self.program.ends()
-
-
-def free_port() -> int:
-    """A port that nobody had a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -148,11 +148,9 @@ async def test_a_start_that_fails_leaves_it_stopped(taken: int) -> None:
     assert controller.state is ControllerState.STOPPED
 
 
-async def test_without_its_nats_server_a_start_fails() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+async def test_without_its_nats_server_a_start_fails(closed: int) -> None:
     controller = ControllerNode(
-        {"nats": {"mode": "external", "serverUrl": f"nats://127.0.0.1:{port}", "connectTimeoutMs": 500}}
+        {"nats": {"mode": "external", "serverUrl": f"nats://127.0.0.1:{closed}", "connectTimeoutMs": 500}}
     )
     with pytest.raises(ControllerError) as caught:
         await controller.start()

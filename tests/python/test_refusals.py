@@ -31,11 +31,6 @@ async def hello(_request: InferenceRequest) -> AsyncIterator[str]:
     yield "Hello"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def threads() -> int:
     return len(list(Path("/proc/self/task").iterdir())) if sys.platform == "linux" else 0
 
@@ -70,8 +65,8 @@ async def test_a_missing_nats_server_says_what_to_install(monkeypatch: pytest.Mo
     assert children() == before
 
 
-async def test_an_unreachable_nats_is_named() -> None:
-    url = f"nats://127.0.0.1:{free_port()}"
+async def test_an_unreachable_nats_is_named(closed: int) -> None:
+    url = f"nats://127.0.0.1:{closed}"
     nats: dict[str, Any] = {"mode": "external", "serverUrl": url, "connectTimeoutMs": 500}
     controller = ControllerNode({"nats": nats})
     begun = time.monotonic()
@@ -97,9 +92,9 @@ async def test_a_port_that_speaks_something_else_is_named() -> None:
         assert controller.state == "stopped"
 
 
-async def test_an_unreachable_nats_does_not_hold_a_worker() -> None:
+async def test_an_unreachable_nats_does_not_hold_a_worker(closed: int) -> None:
     engine = Idle()
-    url = f"nats://127.0.0.1:{free_port()}"
+    url = f"nats://127.0.0.1:{closed}"
     config: dict[str, Any] = {"nats": {"mode": "external", "serverUrl": url, "connectTimeoutMs": 500}}
     node = msr.WorkerNode(engine, config=config, worker_id="w")
     error = await failure(node.start())

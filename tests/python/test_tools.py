@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mlx_serving_router import ClusterConfig, ControllerErrorCode, WorkerNode, _chat, _top
+from mlx_serving_router import ClusterConfig, ControllerErrorCode, WorkerNode, _chat, _doctor, _top
 from mlx_serving_router.cli import app
 from mlx_serving_router.testing import ANSWER, TestCluster, answer, fail, stall
 from programs import MODEL
@@ -324,7 +324,10 @@ async def _ended(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_doctor_says_what_keeps_a_set_up_from_working(tmp_path: Path) -> None:
+def test_doctor_says_what_keeps_a_set_up_from_working(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_doctor, "_PATIENCE", 0.2)  # for the other program, which never answers
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         file = tmp_path / "cluster.yaml"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import sys
 import time
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import pytest
 
 from cluster import PACKAGES
 from mlx_serving_router.testing import ANSWER, ScriptedWorker
-from programs import PATIENCE, all_gone, program
+from programs import PATIENCE, all_gone, free_port, program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +37,7 @@ def uvicorn(
     app: str = "mlx_serving_router.fastapi:create_app",
 ) -> Iterator[tuple[str, Program]]:
     """Its URL, once it listens, while a worker serves the model `tiny`."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     settings = {"mode": "external", "serverUrl": nats.url, "subjectPrefix": prefix}
     command = [sys.executable, "-B", "-m", "uvicorn", app, "--factory", "--port", str(port), *options]
     environment = {
