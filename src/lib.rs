@@ -8,6 +8,7 @@
 //! | [`dispatch`] | HOW one request runs: attempts, limits on time, retries, streams |
 //! | [`worker`] | the worker's runtime: register, give signs of life, queue, publish, cancel, drain |
 //! | [`openai`] | the OpenAI API: bytes in, bytes out |
+//! | [`signal`] | news that come once and concern many, for all rooms |
 //! | [`telemetry`] | what is remembered and told of requests |
 //! | `python` | the extension module; the only room that names pyo3 (feature `python`) |
 //!
