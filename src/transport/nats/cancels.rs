@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::connection::NatsConnection;
+use super::connection::{Message, NatsConnection};
 use super::inbox::Inbox;
 use super::{CONTROLLER_ID, REPLY_TO};
 use crate::error::ControllerErrorCode;
@@ -134,7 +134,12 @@ impl Publisher {
     async fn publish(&mut self, mut cancellation: Cancellation) {
         let Cancellation { to, headers, payload, .. } = &cancellation;
         let word = Subject::from(self.inbox.of_cancellation(self.sent.next()));
-        let publish = async || self.connection.publish_request(to.clone(), word.clone(), headers.clone(), payload.clone())?.await;
+        let publish = async || {
+            let message =
+                Message { subject: to.clone(), reply: word.clone(), headers: headers.clone(), payload: payload.clone() };
+            // Behind the request, which may be on its way there.
+            self.connection.publish_together(message).await
+        };
         while let Err(error) = publish().await {
             if error.code() != ControllerErrorCode::NatsError {
                 return;

@@ -8,9 +8,9 @@ use std::time::Duration;
 use async_nats::connection::State;
 use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, HeaderMap, ServerAddr, StatusCode, Subject};
 use bytes::Bytes;
-use futures_util::{StreamExt, TryFutureExt};
+use futures_util::StreamExt;
 use percent_encoding::percent_decode_str;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::NatsConfig;
@@ -28,6 +28,9 @@ const RECONNECT_LONGEST: Duration = Duration::from_secs(2);
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 /// How long the last messages may take to leave when a connection is closed.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// How many requests wait for others that leave with them, and how many leave together.
+const GATHERED: usize = 2048;
+const TOGETHER: usize = 256;
 /// How often the state that events told is compared with the client's own.
 const COMPARE_EVERY: Duration = Duration::from_millis(500);
 
@@ -38,8 +41,24 @@ pub struct NatsConnection {
     link: watch::Receiver<Link>,
     prefix: Arc<str>,
     servers: usize,
-    /// Ends with the last clone, and lets go of the client then.
-    _compares: Arc<AbortOnDropHandle<()>>,
+    gathered: mpsc::Sender<Parcel>,
+    /// They end with the last clone, and let go of the client then.
+    _tasks: Arc<[AbortOnDropHandle<()>; 2]>,
+}
+
+/// A message with headers and a subject for answers.
+pub(super) struct Message {
+    pub(super) subject: Subject,
+    pub(super) reply: Subject,
+    pub(super) headers: HeaderMap,
+    pub(super) payload: Bytes,
+}
+
+/// What is gathered before it goes out.
+enum Parcel {
+    Message(Message),
+    /// Told when all before it has been handed to the client.
+    Mark(oneshot::Sender<()>),
 }
 
 /// The state of a connection.
@@ -97,13 +116,15 @@ impl NatsConnection {
         };
         match tokio::time::timeout(limit, options.connect(urls)).await {
             Ok(Ok(client)) => {
-                let compares = tokio::spawn(compare(client.clone(), states));
+                let (gathered, parcels) = mpsc::channel(GATHERED);
+                let tasks = [tokio::spawn(compare(client.clone(), states)), tokio::spawn(send_together(client.clone(), parcels))];
                 Ok(Self {
                     client,
                     link,
                     prefix: config.subject_prefix.as_str().into(),
                     servers: urls.len(),
-                    _compares: Arc::new(AbortOnDropHandle::new(compares)),
+                    gathered,
+                    _tasks: Arc::new(tasks.map(AbortOnDropHandle::new)),
                 })
             }
             Ok(Err(error)) => Err(failed(error.to_string(), advice(error.kind()))),
@@ -161,16 +182,26 @@ impl NatsConnection {
     ///
     /// # Errors
     /// As [`Self::publish`].
-    pub(super) fn publish_request(
-        &self,
-        subject: Subject,
-        reply: Subject,
-        headers: HeaderMap,
-        payload: Bytes,
-    ) -> Result<impl Future<Output = Result<(), ControllerError>> + Send + use<'_>, ControllerError> {
-        self.ready_for(payload.len() + HEADERS)?;
-        let published = self.client.publish_with_reply_and_headers(subject, reply, headers, payload);
-        Ok(published.map_err(|error| lost(&error)))
+    pub(super) async fn publish_request(&self, message: Message) -> Result<(), ControllerError> {
+        self.ready_for(message.payload.len() + HEADERS)?;
+        send(&self.client, message).await.map_err(|error| lost(&error))
+    }
+
+    /// The same, together with what others have ready for it, in the order of these calls.
+    ///
+    /// # Errors
+    /// As [`Self::publish`].
+    pub(super) async fn publish_together(&self, message: Message) -> Result<(), ControllerError> {
+        self.ready_for(message.payload.len() + HEADERS)?;
+        self.gathered.send(Parcel::Message(message)).await.map_err(|_| lost(&"it was closed"))
+    }
+
+    /// Returns when what was gathered has been handed to the client.
+    async fn handed_over(&self) {
+        let (done, told) = oneshot::channel();
+        if self.gathered.send(Parcel::Mark(done)).await.is_ok() {
+            let _ = told.await;
+        }
     }
 
     /// Subscribes. The subscription survives reconnects.
@@ -188,6 +219,7 @@ impl NatsConnection {
     pub async fn flush(&self) -> Result<(), ControllerError> {
         // The client's own flush ends when the bytes have left this process. A server takes a client's words in their order,
         // so an echo says that it has taken all that came before.
+        self.handed_over().await;
         let subject = self.client.new_inbox();
         let mut echo = self.subscribe(subject.clone()).await?;
         self.publish(subject, Bytes::new()).await?;
@@ -201,7 +233,11 @@ impl NatsConnection {
     /// Sends what is left, then closes. Takes a bounded time.
     pub async fn close(&self) {
         if self.is_connected() {
-            let _ = tokio::time::timeout(CLOSE_LIMIT, self.client.flush()).await;
+            let sent = async {
+                self.handed_over().await;
+                self.client.flush().await
+            };
+            let _ = tokio::time::timeout(CLOSE_LIMIT, sent).await;
         }
         let _ = self.client.drain().await;
     }
@@ -342,6 +378,39 @@ fn note(states: &watch::Sender<Link>, event: &Event) {
         Event::ServerError(error) => tracing::warn!(%error, "NATS server error"),
         Event::ClientError(error) => tracing::warn!(%error, "NATS client error"),
         Event::LameDuckMode | Event::Draining => {}
+    }
+}
+
+async fn send(client: &Client, message: Message) -> Result<(), async_nats::PublishError> {
+    let Message { subject, reply, headers, payload } = message;
+    client.publish_with_reply_and_headers(subject, reply, headers, payload).await
+}
+
+/// Publishes messages, those of all who are ready to send one in one go: a write and a wake-up of the server for each would
+/// cost both sides as much again.
+async fn send_together(client: Client, mut gathered: mpsc::Receiver<Parcel>) {
+    let mut parcels = Vec::with_capacity(TOGETHER);
+    while gathered.recv_many(&mut parcels, TOGETHER).await > 0 {
+        // Whoever can go on at once does so first.
+        tokio::task::yield_now().await;
+        while parcels.len() < TOGETHER
+            && let Ok(parcel) = gathered.try_recv()
+        {
+            parcels.push(parcel);
+        }
+        for parcel in parcels.drain(..) {
+            match parcel {
+                // The client would keep it for a connection to come, and a worker would do it for nobody. Whoever waits for the
+                // answer learns of the loss as of any other.
+                Parcel::Message(_) if client.connection_state() != State::Connected => {}
+                Parcel::Message(message) => {
+                    let _ = send(&client, message).await;
+                }
+                Parcel::Mark(done) => {
+                    let _ = done.send(());
+                }
+            }
+        }
     }
 }
 

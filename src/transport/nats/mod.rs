@@ -20,6 +20,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
 use cancels::Cancels;
+use connection::Message;
 pub use connection::{Incoming, Link, NatsConnection, Subscription};
 use inbox::Inbox;
 pub use service::{Asked, WorkerService};
@@ -33,6 +34,8 @@ use crate::wire::{header, subject};
 /// `acceptTimeoutMs`, so that a link that swallows everything is known before workers seem to be silent.
 const ECHO_EVERY: Duration = Duration::from_millis(500);
 const ECHO_LIMIT: Duration = Duration::from_secs(1);
+/// Where so many attempts wait, more are likely to be sent now, and it is worth a turn of the runtime that they leave together.
+const MANY: usize = 8;
 const REQUEST_ID: HeaderName = HeaderName::from_static(header::REQUEST_ID);
 const ATTEMPT: HeaderName = HeaderName::from_static(header::ATTEMPT);
 const CONTROLLER_ID: HeaderName = HeaderName::from_static(header::CONTROLLER_ID);
@@ -112,7 +115,12 @@ impl NatsTransport {
         let headers = self.headers(outgoing)?;
         let (address, mailbox) = self.inbox.enter();
         let (to, reply) = self.subjects(outgoing, address)?;
-        self.connection.publish_request(to, reply, headers, payload)?.await?;
+        let message = Message { subject: to, reply, headers, payload };
+        if self.inbox.waiting() < MANY {
+            self.connection.publish_request(message).await?;
+        } else {
+            self.connection.publish_together(message).await?;
+        }
         Ok(mailbox)
     }
 
