@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SETUP_STEPS = 2
+#: How many Python tests run beside each other: each may start workers that hold a model.
+_MOST_BESIDE = 4
 
 
 def main(arguments: list[str]) -> int:
@@ -152,7 +154,9 @@ def test(arguments: list[str]) -> int:
         steps.begin(name)
         results.append(_job(name, rust))
     steps.begin("Python tests")
-    results.append(_job("Python tests", [PYTHON, "-m", "pytest", *arguments]))
+    # They wait for other processes half of the time. Neighbours share what a module has started, and stay together.
+    beside = ["-n", str(min(int(jobs), _MOST_BESIDE)), "--dist", "worksteal"]
+    results.append(_job("Python tests", [PYTHON, "-m", "pytest", *beside, *arguments]))
     return _summary("test", results)
 
 

@@ -281,7 +281,7 @@ async def test_the_configuration_of_a_fleet_elsewhere_is_used_here(tmp_path: Pat
         ({"models": []}, "name at least one model"),
         ({"models": "tiny"}, "a list of names"),
         ({"loading_ms": -1}, "loading_ms is -1"),
-        ({"script": stall}, "script is stall, no script"),
+        pytest.param({"script": stall}, "script is stall, no script", id="script"),  # no address in its name
         ({"features": ["flying"]}, "features: .flying. is unknown"),
         ({"config": {"requestRoutin": {}}}, "did you mean requestRouting"),
         ({"config": 3}, "a configuration is"),
