@@ -51,6 +51,12 @@ QUICK: dict[str, Any] = {
     },
 }
 
+#: Signs of life for which a busy machine is not late: of 200 ms, a worker ends the requests of a controller after 600.
+CALM: dict[str, Any] = {
+    "discovery": {"heartbeatIntervalMs": 1000},
+    "controller": {"workerOfflineTimeoutMs": 15_000},
+}
+
 
 def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     result = dict(settings)

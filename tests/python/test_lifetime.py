@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving_router import ControllerError, ControllerNode, ControllerState, InferenceRequest, nats_server
+from programs import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,8 +117,7 @@ async def test_a_file_for_tls_that_is_missing_is_named() -> None:
     ],
 )
 async def test_urls_may_bring_credentials(authorization: list[str], login: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [nats_server.find_program(), "-a", "127.0.0.1", "-p", str(port), *authorization]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:  # noqa: ASYNC220 nothing waits
         try:

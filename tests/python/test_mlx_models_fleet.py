@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import nats as nats_py
 import pytest
 
-from cluster import ask, failure, read, routing, settings, text, until
+from cluster import CALM, ask, failure, read, routing, settings, text, until
 from enginejobs import MODEL
 from mlx_serving_router import ControllerError, ControllerNode, WorkerNode
 from modelfiles import DAMAGES, WEIGHTS, HeldLoads, copy, memory_of_mlx
@@ -30,8 +30,6 @@ PATIENT = {
     "acceptTimeoutMs": PATIENCE,
     "streamIdleTimeoutMs": PATIENCE,
 }
-#: Everything is in one process, which may not be late for a controller's sign of life.
-CALM = {"discovery": {"heartbeatIntervalMs": 1000}, "controller": {"workerOfflineTimeoutMs": 15_000}}
 BEES = "Bees make honey."
 
 

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 import nats as nats_py
 import pytest
 
-from cluster import ENDLESS, LOADING, WorkerProcess, ask, failure, received, routing, served, settings, until
+from cluster import (
+    CALM,
+    ENDLESS,
+    LOADING,
+    WorkerProcess,
+    ask,
+    failure,
+    received,
+    routing,
+    served,
+    settings,
+    until,
+)
 from enginejobs import MODEL, Steps
 from mlx_serving_router import ControllerNode, WorkerNode
 from mlx_serving_router.nats_server import NatsServer
@@ -120,7 +132,7 @@ async def test_answers_go_on_while_nats_is_gone_and_go_out_when_it_is_back(
 
 async def test_a_fleet_is_whole_again_after_nats_was_killed(own_nats: NatsServer, nats_prefix: str) -> None:
     with WorkerProcess(own_nats.url, nats_prefix, "w") as worker:
-        async with ControllerNode(settings(own_nats.url, nats_prefix, **PATIENT)) as controller:
+        async with ControllerNode(settings(own_nats.url, nats_prefix, **CALM, **PATIENT)) as controller:
             await controller.wait_for_workers(1, timeout=LOADING)
             before = controller.workers()[0].incarnation
             streams = [await controller.handle_streaming_request(ask(**fields)) for fields in LONG]
@@ -149,7 +161,7 @@ async def test_a_fleet_is_whole_again_after_nats_was_killed(own_nats: NatsServer
 
 @pytest.fixture
 async def controller(nats: NatsServer, nats_prefix: str) -> AsyncIterator[ControllerNode]:
-    async with ControllerNode(settings(nats.url, nats_prefix, **PATIENT)) as controller:
+    async with ControllerNode(settings(nats.url, nats_prefix, **CALM, **PATIENT)) as controller:
         yield controller
 
 
