@@ -50,8 +50,11 @@ pub(super) struct Client {
 #[derive(Clone)]
 pub(super) struct Payload {
     bytes: Bytes,
-    begun: Arc<Mutex<Option<(Postbox, Arc<Work>)>>>,
+    begun: Begun,
 }
+
+/// Who waits for a body to be written, until it is.
+type Begun = Arc<Mutex<Option<(Postbox, Arc<Work>)>>>;
 
 /// The connections that have brought an answer, by their ports on this machine, a bit each.
 struct Answered(Box<[AtomicU64; 1024]>);
