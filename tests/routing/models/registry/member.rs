@@ -86,6 +86,8 @@ impl Member {
             status: match self.standing() {
                 Standing::Online | Standing::Held | Standing::Unheard => WorkerStatus::Online,
                 Standing::Degraded => WorkerStatus::Degraded,
+                // What it calls itself: it gets nothing new, and is heard from.
+                Standing::Draining if self.said.status == WorkerStatus::Offline => WorkerStatus::Offline,
                 Standing::Draining => WorkerStatus::Draining,
                 Standing::Offline => WorkerStatus::Offline,
             },
