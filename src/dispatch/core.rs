@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::signal::Signal;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -18,6 +17,7 @@ use super::retry::{Budgets, Next, RetryPolicy};
 use crate::config::ClusterConfig;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::routing::{Carrier, Router, RouterSettings};
+use crate::signal::Signal;
 use crate::telemetry::{Gauges, Metrics, Requests, WorkerGauges};
 use crate::transport::http::HttpTransport;
 use crate::transport::nats::NatsTransport;
@@ -107,7 +107,7 @@ impl Core {
     }
 
     /// Whether our own connection to NATS is down.
-    pub(super) fn is_cut_off(&self) -> bool {
+    pub(super) fn is_disconnected(&self) -> bool {
         self.nats.get().is_some_and(|nats| !nats.is_connected())
     }
 

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::signal::Signal;
 use serde_json::{Map, Value, json};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
 use crate::error::epoch_ms;
 use crate::routing::RouterEvent;
+use crate::signal::Signal;
 use crate::telemetry::Metrics;
 use crate::wire::WorkerId;
 

@@ -6,7 +6,6 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::signal::Signal;
 use tokio::time::Instant;
 
 use super::breaker::{CircuitState, Permit, Verdict};
@@ -14,6 +13,7 @@ use super::selection::{LeftOut, Query};
 use super::sessions::Binding;
 use super::worker::{Carrier, Worker};
 use crate::error::{BreakerEffect, ControllerErrorCode};
+use crate::signal::Signal;
 use crate::sync::Mutex;
 use crate::wire::{Feature, PrefixHashes, WorkerId};
 

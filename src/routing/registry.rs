@@ -9,13 +9,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::signal::Signal;
 use tokio::time::Instant;
 
 use super::event::RouterEvent;
 use super::history::{Departed, History};
 use super::hub::Hub;
 use super::worker::{Carrier, Live, Standing, Worker};
+use crate::signal::Signal;
 use crate::wire::{Heartbeat, Registration, Skills, WorkerId};
 
 /// What became of a registration.

@@ -4,7 +4,6 @@
 
 use std::sync::Arc;
 
-use crate::signal::Signal;
 use tokio::time::Instant;
 
 use super::breaker::Breaker;
@@ -14,6 +13,7 @@ use super::load::Load;
 use super::rendezvous;
 use super::sessions::Binding;
 use super::settings::BreakerSettings;
+use crate::signal::Signal;
 use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 use crate::wire::{Capacity, Feature, Heartbeat, Phase, Registration, WorkerId, WorkerStatus};

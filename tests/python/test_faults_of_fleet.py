@@ -198,6 +198,17 @@ async def test_26_silence_while_the_connection_is_down_is_nobodys_fault(
         assert (await served(cluster.buffered, "NATS_ERROR", "NO_WORKERS_AVAILABLE")).text == ANSWER
 
 
+async def test_26_where_nobody_was_known_the_lost_connection_is_named(
+    own_nats: NatsServer, nats_prefix: str
+) -> None:
+    async with Cluster(own_nats.url, nats_prefix, workers=0) as cluster:
+        assert (await failure(cluster.buffered())).code == "NO_WORKERS_AVAILABLE"
+        await asyncio.to_thread(own_nats.kill)
+        with pytest.raises(ControllerError) as caught:
+            await served(cluster.buffered, "NO_WORKERS_AVAILABLE")  # the kill is noticed a moment later
+        assert caught.value.code == "NATS_ERROR"
+
+
 # === 31 to 33: clocks and names ===
 
 

@@ -23,7 +23,7 @@ impl Call {
             refusal => refusal,
         };
         let error = match refusal {
-            Refusal::NoWorkers if self.core.is_cut_off() => error(
+            Refusal::NoWorkers if self.core.is_disconnected() => error(
                 ControllerErrorCode::NatsError,
                 "the connection to NATS is down; workers are asked to register as soon as it is back".into(),
             ),

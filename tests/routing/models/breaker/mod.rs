@@ -324,6 +324,7 @@ impl<'a> Run<'a> {
             if let Some(length) = breaker.just_opened() {
                 let share = stats.retry_after.unwrap().as_secs_f64() / length.as_secs_f64();
                 prop_assert!((0.8..=1.2).contains(&share), "{share} of {length:?}");
+                prop_assert!(stats.retry_after.unwrap() <= self.settings.open_for_max, "{stats:?}");
                 self.seen.saw_if(share < 0.84, "jitter near its least");
                 self.seen.saw_if(share > 1.16, "jitter near its most");
                 self.seen.saw(if length < self.settings.open_for_max {
