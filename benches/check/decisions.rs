@@ -11,7 +11,8 @@ use tokio::time::Instant;
 use crate::fleet::{self, MODELS, SessionName};
 use crate::{Case, sound};
 
-const ANY: Query<'static> = Query { model_id: MODELS[0], session_id: None, exclude: &[], worker_id: None, prompt: None };
+const ANY: Query<'static> =
+    Query { model_id: MODELS[0], session_id: None, exclude: &[], unable: &[], worker_id: None, prompt: None };
 const SESSIONS: usize = 1_000;
 const PROMPTS: usize = 100;
 

@@ -18,7 +18,8 @@ pub const SESSIONS: usize = if cfg!(debug_assertions) { 10_000 } else { 100_000 
 const TTFT: Duration = Duration::from_millis(20);
 
 /// A query for a model that everybody serves.
-pub const ANY: Query<'static> = Query { model_id: MODELS[0], session_id: None, exclude: &[], worker_id: None, prompt: None };
+pub const ANY: Query<'static> =
+    Query { model_id: MODELS[0], session_id: None, exclude: &[], unable: &[], worker_id: None, prompt: None };
 
 pub fn all(criterion: &mut Criterion) {
     by_strategy(criterion);

@@ -1377,6 +1377,49 @@ class StreamEncoder:
     def error(self, error: ControllerError) -> bytes:
         """The end of a stream that broke."""
 
+@final
+class RelayedCall:
+    """A call that goes to a server as it came. The same methods as those of `CompletionCall`."""
+
+    @staticmethod
+    def embeddings(body: bytes, *, request_id: str, session_id: str | None = None) -> RelayedCall:
+        """Read a body of `/v1/embeddings`; as `CompletionCall.chat` otherwise."""
+
+    @staticmethod
+    def responses(body: bytes, *, request_id: str, session_id: str | None = None) -> RelayedCall:
+        """Read a body of `/v1/responses`; as `CompletionCall.chat` otherwise."""
+
+    @property
+    def request(self) -> InferenceRequest:
+        """What is asked of the fleet."""
+    @property
+    def stream(self) -> bool:
+        """Whether the answer is wanted as it comes."""
+    def encode(self, response: InferenceResponse, created: int) -> bytes:
+        """The answer in one piece, as the server wrote it."""
+
+    def stream_encoder(self, created: int) -> RelayedStream:
+        """What hands the answer on as it comes."""
+
+@final
+class RelayedStream:
+    """Hands a relayed stream on. The same methods as those of `StreamEncoder`."""
+
+    def answered_by(self, model: str) -> None:
+        """The events name the model themselves."""
+
+    def tokens(self, events: Sequence[TokenEvent]) -> bytes:
+        """Events of the answer."""
+
+    def finish(self, response: InferenceResponse) -> bytes:
+        """Nothing: the last event has said it."""
+
+    def keepalive(self) -> bytes:
+        """A sign of life: a comment. The API has no event that says nothing."""
+
+    def error(self, error: ControllerError) -> bytes:
+        """The end of a stream that broke."""
+
 def openai_error(error: ControllerError) -> tuple[int, list[tuple[str, str]], bytes]:
     """A `ControllerError` as status, headers and body."""
 

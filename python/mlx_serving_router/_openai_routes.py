@@ -25,7 +25,7 @@ from mlx_serving_router._sse import EventStream
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mlx_serving_router._native import CompletionCall
+    from mlx_serving_router._native import CompletionCall, RelayedCall
 
 _WORKER_ID: Final = WORKER_ID.encode()
 _READ: Final = {_WORKER_ID, b"x-session-id", b"traceparent"}
@@ -34,7 +34,7 @@ _STARTED: Final = int(time.time())
 
 
 class Endpoint:
-    """An endpoint of completions, with what the configuration says of it.
+    """An endpoint that the fleet answers, with what the configuration says of it.
 
     Args:
         parse: Reads its bodies.
@@ -43,7 +43,7 @@ class Endpoint:
     """
 
     def __init__(
-        self, parse: Callable[..., CompletionCall], summary: str, settings: Mapping[str, Any]
+        self, parse: Callable[..., CompletionCall | RelayedCall], summary: str, settings: Mapping[str, Any]
     ) -> None:
         self.__doc__ = summary
         # FastAPI names the operation after it.
@@ -94,11 +94,23 @@ def completions(settings: Mapping[str, Any]) -> Endpoint:
     return Endpoint(_native.CompletionCall.text, "Continue a text", settings)
 
 
+def embeddings(settings: Mapping[str, Any]) -> Endpoint:
+    """The endpoint of embeddings, which servers over HTTP may have."""
+    return Endpoint(_native.RelayedCall.embeddings, "Embed texts", settings)
+
+
+def responses(settings: Mapping[str, Any]) -> Endpoint:
+    """The endpoint of responses, which servers over HTTP may have."""
+    return Endpoint(_native.RelayedCall.responses, "Create a response", settings)
+
+
 async def not_carried(request: Request) -> Response:
-    """An address of the OpenAI API that no worker can be asked for: the fleet's protocol carries completions alone."""
+    """An endpoint that no worker can have: what runs between controllers and workers carries completions alone."""
     what = request.url.path.rsplit("/", 1)[-1]
     raise HttpError(
-        404, "unknown_url", f"no worker serves {what}: this router carries chat and text completions"
+        404,
+        "unknown_url",
+        f"no worker serves {what}: only servers in workers.static can, and the configuration names none",
     )
 
 

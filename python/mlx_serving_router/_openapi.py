@@ -97,6 +97,22 @@ class CompletionRequest(_Request):
     suffix: Literal[""] | None = None
 
 
+class EmbeddingsRequest(_Open):
+    """Texts to embed; the server judges all but the model."""
+
+    model: _Name = Field(description="One of `GET /v1/models`")
+    input: Any = Field(description="A text, a list of them, or tokens")
+
+
+class ResponsesRequest(_Open):
+    """What is to be responded to; the server judges all but what routing reads."""
+
+    model: _Name = Field(description="One of `GET /v1/models`")
+    input: Any = Field(None, description="A text, or a list of items")
+    stream: bool | None = None
+    session_id: _Session | None = Field(None, description="Its requests go to one worker where possible")
+
+
 # === the OpenAI API: answers ===
 
 
@@ -124,6 +140,10 @@ class FunctionCall(_Answer):
 
     name: str
     arguments: str = Field(description="A text of JSON")
+
+
+class Relayed(_Open):
+    """An answer as the server wrote it."""
 
 
 class ToolCall(_Answer):
@@ -330,6 +350,8 @@ _STREAM: Final[dict[str, Any]] = {"text/event-stream": {}}
 _ADDRESSES: Final[dict[str, dict[int | str, Any]]] = {
     "/v1/chat/completions": {200: {"model": ChatCompletion, "content": _STREAM}, **_OPENAI},
     "/v1/completions": {200: {"model": Completion, "content": _STREAM}, **_OPENAI},
+    "/v1/embeddings": {200: {"model": Relayed}, **_OPENAI},
+    "/v1/responses": {200: {"model": Relayed, "content": _STREAM}, **_OPENAI},
     "/v1/models": {200: {"model": ModelList}, **_OPENAI},
     "/v1/models/{model_id:path}": {200: {"model": Model}, **_OPENAI},
     "/health": {200: {"model": Health}},
@@ -357,6 +379,8 @@ _ADDRESSES: Final[dict[str, dict[int | str, Any]]] = {
 _BODIES: Final[dict[str, type[BaseModel]]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/embeddings": EmbeddingsRequest,
+    "/v1/responses": ResponsesRequest,
 }
 _HEADERS: Final = [
     {"name": name, "in": "header", "required": False, "description": description, "schema": schema}

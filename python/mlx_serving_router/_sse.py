@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from mlx_serving_router._native import StreamEncoder, TokenStream
+    from mlx_serving_router._native import RelayedStream, StreamEncoder, TokenStream
 
 _COMMENT: Final = b": keepalive\n\n"
 _HEADERS: Final = (
@@ -49,7 +49,7 @@ class EventStream(Response):
     def __init__(
         self,
         start: Callable[[], Coroutine[Any, Any, TokenStream]],
-        encoder: StreamEncoder,
+        encoder: StreamEncoder | RelayedStream,
         *,
         request_id: str,
         place: AbstractContextManager[None],

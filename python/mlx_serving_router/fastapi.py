@@ -151,9 +151,8 @@ def _lifespan(config: ClusterConfig, controller: ControllerNode | None) -> Lifes
 
 
 def _add_routes(router: APIRouter, config: ClusterConfig, keys: Keys) -> None:
-    settings = config.to_dict()["controller"]
     keyed = [Depends(_Keyed(keys))] if keys else []
-    for method, path, endpoint in _routes(settings):
+    for method, path, endpoint in _routes(config.to_dict()):
         router.add_api_route(
             path,
             endpoint,
@@ -161,7 +160,11 @@ def _add_routes(router: APIRouter, config: ClusterConfig, keys: Keys) -> None:
             dependencies=keyed if _wants_key(path) else [],
             response_class=Response,
             route_class_override=_OpenAIRoute if path.startswith("/v1/") else _Route,
-            **document(path, endpoint),
+            **(
+                {"include_in_schema": False}
+                if endpoint is _openai_routes.not_carried
+                else document(path, endpoint)
+            ),
         )
         if path in _ASKED_BY_HEAD:
             router.add_api_route(
@@ -174,16 +177,19 @@ def _wants_key(path: str) -> bool:
     return f"{path}/".startswith(("/v1/", "/api/"))
 
 
-def _routes(settings: Mapping[str, Any]) -> list[tuple[str, str, Callable[..., Any]]]:
+def _routes(config: Mapping[str, Any]) -> list[tuple[str, str, Callable[..., Any]]]:
     openai, fleet = _openai_routes, _fleet_routes
+    settings = config["controller"]
+    # Nobody else can be asked for what the fleet's messages have no words for.
+    has_servers = bool(config["workers"]["static"])
     # Matched in this order: what is asked for most comes first.
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("POST", "/v1/chat/completions", openai.chat_completions(settings)),
         ("POST", "/v1/completions", openai.completions(settings)),
         ("GET", "/v1/models", openai.models),
         ("GET", "/v1/models/{model_id:path}", openai.model),
-        ("POST", "/v1/embeddings", openai.not_carried),
-        ("POST", "/v1/responses", openai.not_carried),
+        ("POST", "/v1/embeddings", openai.embeddings(settings) if has_servers else openai.not_carried),
+        ("POST", "/v1/responses", openai.responses(settings) if has_servers else openai.not_carried),
         ("GET", "/health", fleet.health),
         ("GET", "/ready", fleet.ready),
         ("GET", "/api/controller/metrics", fleet.controller_metrics),

@@ -18,9 +18,9 @@ use super::attempt::Attempt;
 use super::controller::CallOptions;
 use super::core::{Core, not_ready};
 use super::limits::{Deadline, Limit, Mode, timeout};
-use super::retry::Next;
+use super::retry::{Next, lacks_endpoint};
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::routing::{Choice, Lease, Query, Refusal, Wanted};
+use crate::routing::{Carrier, Choice, Lease, Query, Refusal, Wanted};
 use crate::telemetry::{LeftOut, RequestMetadata, RequestRecord};
 use crate::transport::Outgoing;
 use crate::wire::{Finish, InferenceRequest, Json, PrefixHashes, WorkerId};
@@ -58,6 +58,14 @@ struct Failed {
     code: ControllerErrorCode,
     /// Until when it wants no further request.
     hold: Option<Instant>,
+}
+
+/// Who is not asked.
+struct LeftAside {
+    /// They failed this request.
+    tried: Vec<WorkerId>,
+    /// They cannot answer it.
+    unable: Vec<WorkerId>,
 }
 
 // === impl Call ===
@@ -153,6 +161,9 @@ impl Call {
         let over = attempt.is_requests_own_end(&error, now);
         let error = self.attempt_failed(attempt, error);
         if self.options.worker_id.is_some() {
+            return Err(self.give_up(error));
+        }
+        if lacks_endpoint(&error) && self.is_nobody_left(now) {
             return Err(self.give_up(error));
         }
         let next = self.core.next(&error, self.attempts);
@@ -345,7 +356,7 @@ impl Call {
                 // Whoever waits for a worker to be asked again waits for no place.
                 ticket = None;
                 if matches!(refusal, Refusal::NoHealthyWorkers { .. } | Refusal::AllTried { .. }) {
-                    let left_out = self.core.router.left_out(&self.query(&self.tried()), now);
+                    let left_out = self.core.router.left_out(&self.query(&self.left_aside()), now);
                     self.core.left_out.tell(&self.request.request_id, &self.request.model_id, &left_out, now);
                 }
                 if !self.revisit(&refusal, now).await? {
@@ -368,7 +379,7 @@ impl Call {
     }
 
     fn select(&self, now: Instant) -> Result<Lease, Refusal> {
-        self.core.router.select(&self.query(&self.tried()), now)
+        self.core.router.select(&self.query(&self.left_aside()), now)
     }
 
     /// Whether another attempt would find nobody, not even for a fallback model.
@@ -382,18 +393,28 @@ impl Call {
     }
 
     fn has_untried(&self, now: Instant) -> bool {
-        self.core.router.has_untried(&self.query(&self.tried()), now)
+        self.core.router.has_untried(&self.query(&self.left_aside()), now)
     }
 
-    fn tried(&self) -> Vec<WorkerId> {
-        self.failed.iter().map(|failed| failed.worker.clone()).collect()
+    fn left_aside(&self) -> LeftAside {
+        let tried = self.failed.iter().map(|failed| failed.worker.clone()).collect();
+        let unable = match &self.request.relayed {
+            Some(relayed) => {
+                let mut unable = self.core.router.not_behind(Carrier::Http);
+                unable.extend(self.core.http.lacking(relayed.to).cloned());
+                unable
+            }
+            None => Vec::new(),
+        };
+        LeftAside { tried, unable }
     }
 
-    fn query<'a>(&'a self, exclude: &'a [WorkerId]) -> Query<'a> {
+    fn query<'a>(&'a self, aside: &'a LeftAside) -> Query<'a> {
         Query {
             model_id: &self.request.model_id,
             session_id: self.request.session_id.as_deref(),
-            exclude,
+            exclude: &aside.tried,
+            unable: &aside.unable,
             worker_id: self.options.worker_id.as_deref(),
             prompt: self.prompt.as_ref(),
         }
@@ -428,7 +449,7 @@ impl Call {
             self.core.budgets.lock().request(&self.request.model_id, now);
             self.first_worker = Some(worker.clone());
         }
-        let left_out = lease.left_out(&self.query(&self.tried()), now);
+        let left_out = lease.left_out(&self.query(&self.left_aside()), now);
         if lease.choice() != Choice::Named {
             self.core.left_out.tell(&self.request.request_id, &self.request.model_id, &left_out, now);
         }
@@ -481,8 +502,8 @@ impl Call {
 
     /// Whether somebody may be asked for the next fallback model.
     fn can_turn_to_fallback(&self, now: Instant) -> bool {
-        let tried = self.tried();
-        let asks = |model_id| self.core.router.has_untried(&Query { model_id, ..self.query(&tried) }, now);
+        let aside = self.left_aside();
+        let asks = |model_id| self.core.router.has_untried(&Query { model_id, ..self.query(&aside) }, now);
         self.next_fallback().is_some_and(|next| asks(next))
     }
 

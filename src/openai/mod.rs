@@ -2,7 +2,8 @@
 //!
 //! A body becomes a [`CompletionCall`]: the request that the fleet understands and what its answer has to look like.
 //! Answers, streams, lists of models and errors become bytes again. One codec for every front-end: it knows the API's
-//! names and shapes and does no I/O; the time of creation comes in, and who answers is none of its business.
+//! names and shapes and does no I/O; the time of creation comes in, and who answers is none of its business. What the fleet has no
+//! words for becomes a [`RelayedCall`], of which only what routing needs is read.
 
 mod body;
 mod completion;
@@ -10,6 +11,7 @@ mod error;
 mod logprobs;
 mod messages;
 mod models;
+mod relayed;
 mod request;
 mod stream;
 mod tool_calls;
@@ -17,6 +19,7 @@ mod tool_calls;
 pub use completion::Completion;
 pub use error::{ErrorAnswer, error_body};
 pub use models::{model, models};
+pub use relayed::{RelayedCall, relayed_error};
 pub use request::{CompletionCall, Endpoint};
 pub use stream::StreamEncoder;
 

@@ -108,9 +108,10 @@ impl CompletionCall {
             response_format: body::object("response_format", body.response_format)?,
             session_id: session(session_header, &body)?,
             stream,
-            priority: body::read("priority", body.priority, r#"one of "high", "normal" and "low""#)?.unwrap_or(Priority::Normal),
+            priority: priority(&body)?,
             unknown_priority: None,
             resume: None,
+            relayed: None,
         };
         request.validate().map_err(|error| match field(&error) {
             Some("model_id") => renamed(&error, "model_id", "model"),
@@ -133,7 +134,7 @@ pub(super) fn field(error: &ControllerError) -> Option<&str> {
 }
 
 /// The error of a field under the name that the client knows it by.
-fn renamed(error: &ControllerError, ours: &str, theirs: &str) -> ControllerError {
+pub(super) fn renamed(error: &ControllerError, ours: &str, theirs: &str) -> ControllerError {
     let message = error.message();
     let message = message.strip_prefix(ours).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(message);
     ControllerError::validation(theirs, message)
@@ -198,7 +199,12 @@ fn include_usage(raw: Raw<'_>) -> Result<bool, ControllerError> {
     Ok(options.and_then(|options| options.include_usage).unwrap_or(false))
 }
 
-fn session(header: Option<&str>, body: &Body<'_>) -> Result<Option<String>, ControllerError> {
+pub(super) fn priority(body: &Body<'_>) -> Result<Priority, ControllerError> {
+    let priority = body::read("priority", body.priority, r#"one of "high", "normal" and "low""#)?;
+    Ok(priority.unwrap_or(Priority::Normal))
+}
+
+pub(super) fn session(header: Option<&str>, body: &Body<'_>) -> Result<Option<String>, ControllerError> {
     let invalid = |name: &str, found: Cow<'_, str>| {
         let message = format!("{name} {found}; 1 to 256 printable characters are allowed");
         ControllerError::new(ControllerErrorCode::InvalidSessionId, message).with("field", name)

@@ -63,7 +63,9 @@ mod _native {
     #[pymodule_export]
     use super::metadata::PyRequestMetadata;
     #[pymodule_export]
-    use super::openai::{PyCompletionCall, PyStreamEncoder, error_answer, error_body, model, models};
+    use super::openai::{
+        PyCompletionCall, PyRelayedCall, PyRelayedStream, PyStreamEncoder, error_answer, error_body, model, models,
+    };
     #[pymodule_export]
     use super::request::{PyInferenceRequest, prefix_hashes};
     #[pymodule_export]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -13,7 +14,8 @@ use super::json;
 use super::request::PyInferenceRequest;
 use crate::dispatch::Answer;
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::openai::{self, Completion, CompletionCall, Endpoint, ErrorAnswer, StreamEncoder};
+use crate::openai::{self, Completion, CompletionCall, Endpoint, ErrorAnswer, RelayedCall, StreamEncoder};
+use crate::wire::RelayedTo;
 
 /// A client's call: what is asked of the fleet, and how its answer is written.
 #[pyclass(frozen, module = "mlx_serving_router._native", name = "CompletionCall")]
@@ -22,6 +24,14 @@ pub(super) struct PyCompletionCall(Arc<CompletionCall>);
 /// Writes one stream of server-sent events. Each method gives the bytes of one write.
 #[pyclass(frozen, module = "mlx_serving_router._native", name = "StreamEncoder")]
 pub(super) struct PyStreamEncoder(Mutex<StreamEncoder>);
+
+/// A call that goes to a server as it came. The same methods as those of `CompletionCall`.
+#[pyclass(frozen, module = "mlx_serving_router._native", name = "RelayedCall")]
+pub(super) struct PyRelayedCall(RelayedCall);
+
+/// Hands a relayed stream on. The same methods as those of `StreamEncoder`.
+#[pyclass(frozen, module = "mlx_serving_router._native", name = "RelayedStream")]
+pub(super) struct PyRelayedStream;
 
 /// Status, headers and body.
 type Parts<'py> = (u16, Vec<(&'static str, String)>, Bound<'py, PyBytes>);
@@ -120,6 +130,90 @@ impl PyStreamEncoder {
     fn error<'py>(&self, py: Python<'py>, error: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let error = core_error(error)?;
         Ok(PyBytes::new(py, &self.0.lock().error(&error)))
+    }
+}
+
+fn relay(py: Python<'_>, to: RelayedTo, body: &[u8], request_id: String, session_id: Option<&str>) -> PyResult<PyRelayedCall> {
+    let body = Bytes::copy_from_slice(body);
+    errors::unwrap(py, RelayedCall::parse(to, &body, request_id, session_id)).map(PyRelayedCall)
+}
+
+#[pymethods]
+impl PyRelayedCall {
+    /// Reads a body of `/v1/embeddings`; as `CompletionCall.chat` otherwise.
+    #[staticmethod]
+    #[pyo3(signature = (body, *, request_id, session_id=None))]
+    fn embeddings(py: Python<'_>, body: &[u8], request_id: String, session_id: Option<&str>) -> PyResult<Self> {
+        relay(py, RelayedTo::Embeddings, body, request_id, session_id)
+    }
+
+    /// Reads a body of `/v1/responses`; as `CompletionCall.chat` otherwise.
+    #[staticmethod]
+    #[pyo3(signature = (body, *, request_id, session_id=None))]
+    fn responses(py: Python<'_>, body: &[u8], request_id: String, session_id: Option<&str>) -> PyResult<Self> {
+        relay(py, RelayedTo::Responses, body, request_id, session_id)
+    }
+
+    /// What is asked of the fleet.
+    #[getter]
+    fn request(&self) -> PyInferenceRequest {
+        PyInferenceRequest(self.0.request.clone())
+    }
+
+    /// Whether the answer is wanted as it comes.
+    #[getter]
+    fn stream(&self) -> bool {
+        self.0.stream
+    }
+
+    /// The answer in one piece, as the server wrote it.
+    #[pyo3(signature = (response, created))]
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        response: &Bound<'py, PyInferenceResponse>,
+        #[allow(unused_variables)] created: u64,
+    ) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, response.get().0.text.as_bytes())
+    }
+
+    /// What hands the answer on as it comes.
+    #[pyo3(signature = (created))]
+    fn stream_encoder(&self, #[allow(unused_variables)] created: u64) -> PyRelayedStream {
+        PyRelayedStream
+    }
+}
+
+#[pymethods]
+impl PyRelayedStream {
+    /// The events name the model themselves.
+    #[pyo3(signature = (model))]
+    fn answered_by(&self, #[allow(unused_variables)] model: &str) {}
+
+    /// Events of the answer.
+    fn tokens<'py>(&self, py: Python<'py>, events: Vec<Bound<'py, PyTokenEvent>>) -> Bound<'py, PyBytes> {
+        let texts: Vec<&[u8]> = events.iter().map(|event| event.get().0.text.as_bytes()).collect();
+        PyBytes::new(py, &texts.concat())
+    }
+
+    /// Nothing: the last event has said it.
+    #[pyo3(signature = (response))]
+    fn finish<'py>(
+        &self,
+        py: Python<'py>,
+        #[allow(unused_variables)] response: &Bound<'py, PyInferenceResponse>,
+    ) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, b"")
+    }
+
+    /// A sign of life: a comment. The API has no event that says nothing.
+    fn keepalive<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, b": keepalive\n\n")
+    }
+
+    /// The end of a stream that broke.
+    fn error<'py>(&self, py: Python<'py>, error: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &openai::relayed_error(&core_error(error)?)))
     }
 }
 

@@ -54,6 +54,7 @@ pub(super) struct Candidates<'a> {
     pub(super) model: &'a Model,
     pub(super) model_id: &'a str,
     pub(super) exclude: &'a [WorkerId],
+    pub(super) unable: &'a [WorkerId],
     /// Those who stand so, and no others.
     pub(super) tier: Standing,
     /// Those of this priority, and no others; `None`: all.
@@ -165,6 +166,7 @@ impl<'a> Candidates<'a> {
             && self.priority.is_none_or(|priority| worker.priority == priority)
             && worker.load.has_room(self.now)
             && !self.exclude.contains(&worker.id)
+            && !self.unable.contains(&worker.id)
             && worker.admits(self.panic, self.now)
             && self.warm_up.is_none_or(|warm_up| warm_up.admits(worker, self.now))
     }

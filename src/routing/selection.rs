@@ -28,6 +28,8 @@ pub struct Query<'a> {
     pub session_id: Option<&'a str>,
     /// Workers that failed this request.
     pub exclude: &'a [WorkerId],
+    /// Workers that cannot answer such a request at all: as if they did not serve the model.
+    pub unable: &'a [WorkerId],
     /// The worker that the caller wants, and no other; the rest is then only checked.
     pub worker_id: Option<&'a str>,
     /// What the prompt begins with; only `prefix_aware` looks at it. See [`Router::wants_prefixes`].
@@ -80,6 +82,8 @@ pub enum Refusal {
 pub enum LeftOut {
     /// It failed this request.
     Tried,
+    /// It cannot answer such a request.
+    Unable,
     /// Its breaker refuses.
     CircuitOpen,
     /// It has no room.
@@ -105,7 +109,7 @@ impl Router {
     /// tried (only with a non-empty `exclude`, and then before the others), every breaker refuses, everybody is full.
     pub fn select(&self, query: &Query<'_>, now: Instant) -> Result<Lease, Refusal> {
         if let Some(id) = query.worker_id {
-            let mut lease = self.select_named(id, query.model_id, now)?;
+            let mut lease = self.select_named(id, query, now)?;
             self.will_teach(&mut lease, query);
             return Ok(lease);
         }
@@ -125,6 +129,7 @@ impl Router {
                     model,
                     model_id: query.model_id,
                     exclude: query.exclude,
+                    unable: query.unable,
                     tier: Standing::Online,
                     priority: None,
                     panic,
@@ -134,11 +139,11 @@ impl Router {
                 Some((model, self.choose(candidates, session, bound.as_ref(), caches)?))
             });
             let Some((model, (place, choice))) = chosen else {
-                let refusal = || self.refusal(model, query.exclude, panic, now);
+                let refusal = || self.refusal(model, query, panic, now);
                 let settled = match refusal() {
                     Refusal::NoWorkers | Refusal::ModelNotFound => self.settled(&fleet, refusal),
                     // The marks in the ledger follow what they mark, and may be a moment behind.
-                    Refusal::Full if model.is_some_and(|model| is_anybody_free(model, query.exclude, panic, now)) => {
+                    Refusal::Full if model.is_some_and(|model| is_anybody_free(model, query, panic, now)) => {
                         fleet.workers.values().for_each(|worker| worker.reconcile(now));
                         None
                     }
@@ -193,7 +198,7 @@ impl Router {
         fleet.model(query.model_id).is_some_and(|model| {
             let panic = self.hub().panics(&fleet, model);
             let may = |worker: &Worker| worker.standing().is_online() && worker.admits(panic, now);
-            model.workers.iter().any(|worker| may(worker) && !query.exclude.contains(&worker.id))
+            model.workers.iter().any(|worker| may(worker) && query.may_ask(&worker.id))
         })
     }
 
@@ -271,12 +276,12 @@ impl Router {
         }
     }
 
-    fn select_named(&self, id: &str, model_id: &str, now: Instant) -> Result<Lease, Refusal> {
+    fn select_named(&self, id: &str, query: &Query<'_>, now: Instant) -> Result<Lease, Refusal> {
         let fleet = self.fleet_at(now);
         let Some(worker) = fleet.workers.get(id).filter(|worker| worker.standing().is_online()) else {
             return Err(Refusal::WorkerOffline);
         };
-        if !worker.live().models.iter().any(|model| **model == *model_id) {
+        if query.unable.contains(&worker.id) || !worker.live().models.iter().any(|model| **model == *query.model_id) {
             return Err(Refusal::ModelNotFound);
         }
         if let Some(lease) = claim(worker, Choice::Named, false, now) {
@@ -291,11 +296,12 @@ impl Router {
         }
     }
 
-    fn refusal(&self, model: Option<&Model>, exclude: &[WorkerId], panic: bool, now: Instant) -> Refusal {
+    fn refusal(&self, model: Option<&Model>, query: &Query<'_>, panic: bool, now: Instant) -> Refusal {
         let (mut total, mut healthy, mut untried) = (0, 0, 0);
         let mut soonest = None;
         let serving = model.map_or(&[][..], |model| &model.workers);
-        for worker in serving.iter().filter(|worker| worker.standing().is_online()) {
+        let may_serve = |worker: &&Arc<Worker>| worker.standing().is_online() && !query.unable.contains(&worker.id);
+        for worker in serving.iter().filter(may_serve) {
             total += 1;
             match worker.breaker() {
                 Some((breaker, settings)) if !breaker.admits(settings, panic, now) => {
@@ -304,14 +310,14 @@ impl Router {
                 }
                 _ => {
                     healthy += 1;
-                    untried += usize::from(!exclude.contains(&worker.id));
+                    untried += usize::from(!query.exclude.contains(&worker.id));
                 }
             }
         }
         if untried > 0 {
             Refusal::Full
-        } else if !exclude.is_empty() {
-            Refusal::AllTried { total, healthy, excluded: exclude.len() }
+        } else if !query.exclude.is_empty() {
+            Refusal::AllTried { total, healthy, excluded: query.exclude.len() }
         } else if let Some(retry_after) = soonest {
             Refusal::NoHealthyWorkers { retry_after }
         } else if self.online() == 0 {
@@ -323,9 +329,18 @@ impl Router {
 }
 
 /// Whether one of a model's workers would take a request, asked itself.
-fn is_anybody_free(model: &Model, exclude: &[WorkerId], panic: bool, now: Instant) -> bool {
+fn is_anybody_free(model: &Model, query: &Query<'_>, panic: bool, now: Instant) -> bool {
     let is_free = |worker: &Worker| worker.presence().is_some() && worker.load.has_room(now) && worker.admits(panic, now);
-    model.workers.iter().any(|worker| is_free(worker) && !exclude.contains(&worker.id))
+    model.workers.iter().any(|worker| is_free(worker) && query.may_ask(&worker.id))
+}
+
+// === impl Query ===
+
+impl Query<'_> {
+    /// Whether the query leaves a worker in question.
+    fn may_ask(&self, worker: &WorkerId) -> bool {
+        !self.exclude.contains(worker) && !self.unable.contains(worker)
+    }
 }
 
 // === impl Hub ===
@@ -346,7 +361,7 @@ impl Hub {
         let panic = self.panics(&fleet, model);
         let is_chosen = |worker: &Worker| chosen.is_some_and(|chosen| chosen.life == worker.life);
         // Mostly nobody is left out, and the ledger says so without asking each of thousands.
-        let told_by_marks = query.exclude.is_empty() && model.priorities.is_empty();
+        let told_by_marks = query.exclude.is_empty() && query.unable.is_empty() && model.priorities.is_empty();
         let (some, all) = match told_by_marks {
             true => (Some(model.marked(&fleet)), None),
             false => (None, Some(model.workers.iter())),
@@ -358,6 +373,7 @@ impl Hub {
                 let why = match worker.standing() {
                     Standing::Offline | Standing::Draining => return None,
                     Standing::Unheard => LeftOut::Unheard,
+                    _ if query.unable.contains(&worker.id) => LeftOut::Unable,
                     _ if query.exclude.contains(&worker.id) => LeftOut::Tried,
                     _ if !worker.admits(panic, now) => LeftOut::CircuitOpen,
                     _ if !worker.load.has_room(now) => LeftOut::Full,
@@ -403,6 +419,7 @@ impl LeftOut {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Tried => "tried",
+            Self::Unable => "unable",
             Self::CircuitOpen => "circuit_open",
             Self::Full => "full",
             Self::Degraded => "degraded",

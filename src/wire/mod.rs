@@ -7,6 +7,7 @@ mod json;
 mod membership;
 pub mod older;
 mod prefix;
+mod relayed;
 mod reply;
 mod request;
 pub mod subject;
@@ -21,6 +22,7 @@ pub use membership::{
     Capacity, ControllerNotice, Deregistration, Feature, Heartbeat, HeartbeatMetrics, Phase, Registration, Skills, WorkerStatus,
 };
 pub use prefix::{MOST_CACHED_PREFIXES, PrefixHashes, prefix_bytes};
+pub use relayed::{Relayed, RelayedTo};
 pub use reply::{ANSWER_MOST, Finish, FinishReason, Reply, Token, TokenIds, Undecodable, Usage};
 pub use request::{Cancel, InferenceRequest, Priority, Resume, check_session_id, header, valid_session_id};
 

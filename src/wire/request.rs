@@ -6,7 +6,7 @@ use std::fmt;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::Json;
+use super::{Json, Relayed};
 use crate::error::{ControllerError, ControllerErrorCode};
 
 /// The headers of a request.
@@ -101,6 +101,9 @@ pub struct InferenceRequest {
     /// Continues after tokens that another worker delivered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Resume>,
+    /// What is asked in place of a completion, of servers that speak the OpenAI API alone.
+    #[serde(skip)]
+    pub relayed: Option<Relayed>,
 }
 
 /// Who goes first in a queue.
@@ -160,6 +163,8 @@ impl InferenceRequest {
         text("request_id", &self.request_id, 256)?;
         text("model_id", &self.model_id, 512)?;
         match (&self.prompt, &self.messages) {
+            // The server judges what it is asked.
+            (None, None) if self.relayed.is_some() => {}
             (Some(_), Some(_)) => return Err(invalid("messages", "give either messages or prompt, not both")),
             (None, None) => return Err(invalid("messages", "give messages, or a prompt")),
             (Some(prompt), None) if prompt.is_empty() => return Err(invalid("prompt", "is empty; give at least one character")),

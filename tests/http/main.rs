@@ -5,6 +5,7 @@
 mod answers;
 mod failures;
 mod looks;
+mod relayed;
 mod server;
 
 use mlx_serving_router::config::ClusterConfig;

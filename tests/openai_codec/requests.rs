@@ -1,8 +1,9 @@
 //! Bodies in.
 
-use mlx_serving_router::error::ControllerErrorCode as Code;
-use mlx_serving_router::openai::{CompletionCall, Endpoint};
-use mlx_serving_router::wire::Priority;
+use bytes::Bytes;
+use mlx_serving_router::error::{ControllerError, ControllerErrorCode as Code};
+use mlx_serving_router::openai::{CompletionCall, Endpoint, RelayedCall};
+use mlx_serving_router::wire::{Priority, RelayedTo};
 use serde_json::{Value, json};
 
 use super::{chat, chat_body, parse, refusal, text};
@@ -209,4 +210,40 @@ fn the_session_is_the_first_that_is_given() {
         let found = refusal(CompletionCall::parse(Endpoint::Chat, body.as_bytes(), "r-1", header));
         assert_eq!(found, (Code::InvalidSessionId, Some(field.to_owned())), "{body}");
     }
+}
+
+fn relayed(to: RelayedTo, body: &str) -> Result<RelayedCall, ControllerError> {
+    RelayedCall::parse(to, &Bytes::copy_from_slice(body.as_bytes()), "r", None)
+}
+
+#[test]
+fn of_a_relayed_body_the_name_of_the_model_alone_is_replaced() {
+    let body = r#" {"é": "\u00e9", "model" : "a\"b" , "model ": 1, "input": ["x"], "session_id": "s", "priority": "high"} "#;
+    let call = relayed(RelayedTo::Responses, body).unwrap();
+    let request = &call.request;
+    assert_eq!((&*request.model_id, request.session_id.as_deref(), request.priority), ("a\"b", Some("s"), Priority::High));
+    let sent = request.relayed.as_ref().unwrap().body("c\"d");
+    assert_eq!(String::from_utf8(sent).unwrap(), body.replace(r#""a\"b""#, r#""c\"d""#));
+    assert!(!format!("{request:?} {:?}", request.relayed).contains("input"));
+}
+
+#[test]
+fn of_a_relayed_body_only_what_routing_needs_is_judged() {
+    for (body, field) in [
+        (r#"{"input": "x"}"#, "model"),
+        (r#"{"model": null}"#, "model"),
+        (r#"{"model": 5}"#, "model"),
+        (r#"{"model": ""}"#, "model"),
+        (r#"{"model": "m", "priority": "urgent"}"#, "priority"),
+        (r#"{"model": "m", "stream": "yes"}"#, "stream"),
+        (r#"{"model": "m", "session_id": ""}"#, "session_id"),
+    ] {
+        let error = relayed(RelayedTo::Responses, body).unwrap_err();
+        assert_eq!(error.context()["field"], field, "{body}");
+    }
+    assert!(relayed(RelayedTo::Embeddings, "[]").is_err() && relayed(RelayedTo::Embeddings, "{").is_err());
+    // Embeddings are never streams, and have no session.
+    let call = relayed(RelayedTo::Embeddings, r#"{"model": "m", "stream": "yes", "user": "u"}"#).unwrap();
+    assert!(!call.stream && call.request.session_id.is_none());
+    assert!(relayed(RelayedTo::Responses, r#"{"model": "m", "stream": true}"#).unwrap().stream);
 }

@@ -337,6 +337,6 @@ def test_every_log_record_is_described() -> None:
 
 def test_every_address_that_shows_something_is_described() -> None:
     fastapi = pytest.importorskip("mlx_serving_router.fastapi")
-    routes = fastapi._routes(ClusterConfig().to_dict()["controller"])
+    routes = fastapi._routes(ClusterConfig().to_dict())
     shown = {f"{method} {path}" for method, path, _ in routes if not path.startswith("/v1/")}
     assert set(column(MONITORING, "address")) == shown

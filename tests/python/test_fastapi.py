@@ -353,7 +353,7 @@ def test_what_no_worker_serves_is_a_404_that_clients_read(path: str, prefix: str
     assert refused.status_code == 404
     error = refused.json()["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "unknown_url")
-    assert "completions" in error["message"]
+    assert "workers.static" in error["message"]
     assert refused.headers["x-request-id"]
 
 

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, NotFoundError
 
 from cluster import ENDLESS, ask, settings
 from enginejobs import MODEL
@@ -319,3 +319,14 @@ async def test_the_openai_client_is_answered_through_the_front_end(pair: list[Se
             assert [model.id async for model in client.models.list()] == ["tiny"]
             workers: Any = await client.get(f"{url}/api/cluster/workers", cast_to=object)
             assert "http" in str(workers)
+
+
+async def test_endpoints_that_it_has_not_are_not_there(pair: list[Server]) -> None:
+    with serve(create_app(config(*pair))) as url:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=10) as client:
+            for create in (client.embeddings.create, client.responses.create):
+                with pytest.raises(NotFoundError) as caught:
+                    await create(model="tiny", input="a")
+                assert caught.value.code == "MODEL_NOT_FOUND"
+            workers: Any = await client.get(f"{url}/api/cluster/workers", cast_to=object)
+            assert [(worker["breaker"], worker["status"]) for worker in workers] == [("CLOSED", "online")] * 2

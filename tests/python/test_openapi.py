@@ -48,6 +48,16 @@ def test_an_applications_own_document_has_them_too() -> None:
     assert all(name.rpartition("/")[2] in parts for name in references(document))
 
 
+def test_what_nobody_can_answer_is_not_described() -> None:
+    paths = create_app(LOCAL).openapi()["paths"]
+    assert not {"/v1/embeddings", "/v1/responses"} & set(paths)
+    static = [{"workerId": "a", "url": "http://127.0.0.1:1", "models": ["m"]}]
+    paths = create_app({**LOCAL, "workers": {"static": static}}).openapi()["paths"]
+    body = paths["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["model", "input"]
+    assert "text/event-stream" in paths["/v1/responses"]["post"]["responses"]["200"]["content"]
+
+
 def references(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         if isinstance(value.get("$ref"), str):

@@ -22,6 +22,7 @@ impl Call {
             }
             refusal => refusal,
         };
+        let endpoint = self.request.relayed.as_ref().map(|asked| asked.to.path());
         let error = match refusal {
             Refusal::NoWorkers if self.core.is_disconnected() => error(
                 ControllerErrorCode::NatsError,
@@ -34,6 +35,14 @@ impl Call {
             .with("totalWorkers", self.core.workers_known())
             .with("healthyWorkers", 0)
             .with("excludedWorkers", 0),
+            Refusal::ModelNotFound if endpoint.is_some() && self.core.router.serving(model) > 0 => {
+                let path = endpoint.unwrap_or_default();
+                let what = match named {
+                    "" => format!("no online worker that serves this model has {path}; servers reached over HTTP may have it"),
+                    _ => format!("worker {named} does not serve this model, or has no {path}"),
+                };
+                error(ControllerErrorCode::ModelNotFound, what).with("endpoint", path)
+            }
             Refusal::ModelNotFound if self.options.worker_id.is_some() => {
                 error(ControllerErrorCode::ModelNotFound, format!("worker {named} does not serve this model"))
             }

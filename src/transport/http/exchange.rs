@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::answer::{Answer, protocol_error};
 use super::client::{Client, Payload};
 use super::refusal;
+use super::relayed;
 use super::request;
 use super::server::{Server, Work};
 use super::sse::Decoder;
@@ -93,22 +94,34 @@ async fn answer(
         let mut words = Vec::new();
         // Late: what has come by then is better than nothing.
         let _ = timeout(WORDS_LONGEST, collect(body, WORDS_MOST, &mut words)).await;
-        return Err(refusal::by_status(head.status, &head.headers, &words, &uri));
+        return Err(match &outgoing.request.relayed {
+            Some(asked) => relayed::refused(server, asked.to, head.status, &head.headers, &words, &uri),
+            None => refusal::by_status(head.status, &head.headers, &words, &uri),
+        });
     }
     server.took_key();
-    read(server, response, postbox, began).await
+    match outgoing.request.relayed {
+        Some(_) if outgoing.request.stream => relayed::events(server, response, postbox).await,
+        Some(_) => Ok((relayed::whole(response).await?, None)),
+        None => read(server, response, postbox, began).await,
+    }
 }
 
 fn build(server: &Server, work: &Arc<Work>, outgoing: &Outgoing, postbox: &Postbox) -> Result<Request<Payload>, ControllerError> {
     let asked = &outgoing.request;
-    let uri = if asked.messages.is_some() { &server.chat } else { &server.text };
-    let body = request::body(asked, server.own_name(&asked.model_id))?;
+    let own_name = server.own_name(&asked.model_id);
+    let (uri, body) = match &asked.relayed {
+        Some(relayed) => (server.relays(relayed.to), relayed.body(own_name)),
+        None if asked.messages.is_some() => (&server.chat, request::body(asked, own_name)?),
+        None => (&server.text, request::body(asked, own_name)?),
+    };
+    let is_whole = asked.relayed.is_some() && !asked.stream;
     let mut request = Request::new(Payload::new(body, postbox.clone(), work.clone()));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = uri.clone();
     let headers = request.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
+    headers.insert(ACCEPT, HeaderValue::from_static(if is_whole { "application/json" } else { "text/event-stream" }));
     headers.insert(USER_AGENT, AGENT);
     if let Some(key) = &server.key {
         headers.insert(AUTHORIZATION, key.clone());
@@ -193,7 +206,7 @@ async fn read(
 }
 
 /// The next bytes; `None` at the end.
-async fn data(body: &mut Incoming) -> Result<Option<Bytes>, hyper::Error> {
+pub(super) async fn data(body: &mut Incoming) -> Result<Option<Bytes>, hyper::Error> {
     loop {
         match body.frame().await.transpose()? {
             // Trailers say nothing that is asked for.
@@ -246,6 +259,6 @@ async fn drain(mut body: Incoming) {
     let _ = timeout(DRAIN_LONGEST, drained).await;
 }
 
-fn broken() -> ControllerError {
+pub(super) fn broken() -> ControllerError {
     ControllerError::new(ControllerErrorCode::WorkerUnavailable, "the worker broke its answer off: the connection was lost")
 }

@@ -6,6 +6,7 @@
 //! | `client` | connections, and what it means that there is none |
 //! | `exchange` | one attempt, from its request to the end of its answer |
 //! | `request`, `answer`, `refusal`, `sse` | their words and ours; pure |
+//! | `relayed` | answers of endpoints that the fleet has no words for, handed on as they came |
 //! | `probe` | whether a server is there, and what it serves |
 //!
 //! An attempt counts as accepted once its request is on its way over a connection: these servers send the first word of a
@@ -17,6 +18,7 @@ mod client;
 mod exchange;
 mod probe;
 mod refusal;
+mod relayed;
 mod request;
 mod server;
 mod sse;
@@ -35,7 +37,7 @@ use server::Server;
 use super::{Mailbox, Outgoing, Transport, mailbox};
 use crate::config::StaticWorker;
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::wire::WorkerId;
+use crate::wire::{RelayedTo, WorkerId};
 
 /// The carrier between one controller and the servers of its configuration.
 pub struct HttpTransport {
@@ -62,6 +64,11 @@ impl HttpTransport {
             ControllerError::validation("workers.static", message)
         })?;
         Ok(Self { client: Arc::new(client), servers })
+    }
+
+    /// The servers that said lately that they have no such endpoint.
+    pub fn lacking(&self, to: RelayedTo) -> impl Iterator<Item = &WorkerId> {
+        self.servers.values().filter(move |server| server.is_lacking(to)).map(|server| &server.worker)
     }
 
     fn server(&self, worker: &WorkerId) -> Option<&Arc<Server>> {

@@ -3,14 +3,20 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use hyper::Uri;
 use hyper::header::HeaderValue;
+use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::config::StaticWorker;
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::wire::WorkerId;
+use crate::wire::{RelayedTo, WorkerId};
+
+/// For so long a server is not asked for an endpoint that it said it has not; it may have been started anew since.
+const LACKS_FOR: Duration = Duration::from_secs(60);
 
 pub(super) struct Server {
     pub(super) worker: WorkerId,
@@ -18,6 +24,10 @@ pub(super) struct Server {
     pub(super) text: Uri,
     pub(super) models: Uri,
     pub(super) health: Uri,
+    /// Where requests go that it is asked in its own words; in the order of [`RelayedTo::ALL`].
+    relayed: [Uri; RelayedTo::ALL.len()],
+    /// When it said last that it has no such endpoint.
+    lacked: Mutex<[Option<Instant>; RelayedTo::ALL.len()]>,
     /// The bearer token that it wants.
     pub(super) key: Option<HeaderValue>,
     /// The server's own names of models that are called otherwise here.
@@ -68,6 +78,8 @@ impl Server {
             text: uri("/v1/completions")?,
             models: uri("/v1/models")?,
             health: uri("/health")?,
+            relayed: [uri(RelayedTo::Embeddings.path())?, uri(RelayedTo::Responses.path())?],
+            lacked: Mutex::default(),
             key: config.api_key.as_ref().map(bearer).transpose()?,
             names: named.map(|(name, own)| (name.to_owned(), own.to_owned())).collect(),
             heard: AtomicBool::new(false),
@@ -80,6 +92,23 @@ impl Server {
     /// What it calls a model.
     pub(super) fn own_name<'a>(&'a self, model: &'a str) -> &'a str {
         self.names.get(model).map_or(model, String::as_str)
+    }
+
+    /// Where such a request goes.
+    pub(super) fn relays(&self, to: RelayedTo) -> &Uri {
+        &self.relayed[to as usize]
+    }
+
+    /// It said that it has no such endpoint.
+    pub(super) fn lacks(&self, to: RelayedTo) {
+        let worker_id = self.worker.as_str();
+        tracing::info!(worker_id, endpoint = to.path(), "the worker has no such endpoint");
+        self.lacked.lock()[to as usize] = Some(Instant::now());
+    }
+
+    /// Whether it said so lately.
+    pub(super) fn is_lacking(&self, to: RelayedTo) -> bool {
+        self.lacked.lock()[to as usize].is_some_and(|at| at.elapsed() < LACKS_FOR)
     }
 
     /// Something came from it.

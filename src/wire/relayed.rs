@@ -1,0 +1,59 @@
+//! A request in the OpenAI API's own words, for servers that speak it. It is no message of the fleet: NATS never carries it.
+
+use std::fmt;
+
+use bytes::Bytes;
+
+/// An endpoint that messages between controllers and workers have no words for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RelayedTo {
+    /// `/v1/embeddings`.
+    Embeddings,
+    /// `/v1/responses`.
+    Responses,
+}
+
+/// A client's body, to be sent as it came but for the name of the model, by which each server may know it differently.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Relayed {
+    /// Where it goes.
+    pub to: RelayedTo,
+    /// What stands before the name.
+    pub before: Bytes,
+    /// What stands behind it.
+    pub after: Bytes,
+}
+
+// === impl RelayedTo ===
+
+impl RelayedTo {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Embeddings, Self::Responses];
+
+    /// The address below that of a server.
+    #[must_use]
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::Embeddings => "/v1/embeddings",
+            Self::Responses => "/v1/responses",
+        }
+    }
+}
+
+// === impl Relayed ===
+
+impl Relayed {
+    /// The body for a server that calls the model `model`.
+    #[must_use]
+    pub fn body(&self, model: &str) -> Vec<u8> {
+        let name = serde_json::Value::from(model).to_string();
+        [&self.before, name.as_bytes(), &self.after].concat()
+    }
+}
+
+/// Says the size alone: what is asked is never printed.
+impl fmt::Debug for Relayed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "<{} bytes for {}>", self.before.len() + self.after.len(), self.to.path())
+    }
+}
