@@ -227,6 +227,8 @@ struct Inner {
     cause: Option<ControllerError>,
     /// The message is what a worker wrote.
     workers_words: bool,
+    /// The worker has no such endpoint, for this model at least; another one may have it.
+    lacks_endpoint: bool,
 }
 
 /// The most bytes of what a worker wrote that are kept.
@@ -244,6 +246,7 @@ impl ControllerError {
             timestamp_ms: epoch_ms(),
             cause: None,
             workers_words: false,
+            lacks_endpoint: false,
         }))
     }
 
@@ -256,6 +259,23 @@ impl ControllerError {
         let mut error = Self::new(code, if words.is_empty() { "the worker gave no reason".to_owned() } else { words });
         error.0.workers_words = true;
         error
+    }
+
+    /// A worker has no such endpoint, or not for this model. Nobody's failure, and no answer yet where others may have it.
+    #[must_use]
+    pub fn no_endpoint(path: &'static str, words: Option<String>) -> Self {
+        let mut error = match words {
+            Some(words) => Self::in_workers_words(ControllerErrorCode::ModelNotFound, words),
+            None => Self::new(ControllerErrorCode::ModelNotFound, format!("the worker has no {path}")),
+        };
+        error.0.lacks_endpoint = true;
+        error.with("endpoint", path)
+    }
+
+    /// Whether it is one of [`Self::no_endpoint`].
+    #[must_use]
+    pub fn lacks_endpoint(&self) -> bool {
+        self.0.lacks_endpoint
     }
 
     /// A bad field of a request: names it and says what would be right.

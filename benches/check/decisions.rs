@@ -12,7 +12,7 @@ use crate::fleet::{self, MODELS, SessionName};
 use crate::{Case, sound};
 
 const ANY: Query<'static> =
-    Query { model_id: MODELS[0], session_id: None, exclude: &[], unable: &[], worker_id: None, prompt: None };
+    Query { model_id: MODELS[0], session_id: None, exclude: &[], carrier: None, unable: &[], worker_id: None, prompt: None };
 const SESSIONS: usize = 1_000;
 const PROMPTS: usize = 100;
 

@@ -19,7 +19,7 @@ const TTFT: Duration = Duration::from_millis(20);
 
 /// A query for a model that everybody serves.
 pub const ANY: Query<'static> =
-    Query { model_id: MODELS[0], session_id: None, exclude: &[], unable: &[], worker_id: None, prompt: None };
+    Query { model_id: MODELS[0], session_id: None, exclude: &[], carrier: None, unable: &[], worker_id: None, prompt: None };
 
 pub fn all(criterion: &mut Criterion) {
     by_strategy(criterion);

@@ -14,10 +14,10 @@ use tokio::time::{Instant, Sleep};
 
 use super::limits::{Limit, Timers};
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::routing::{Carrier, Lease, Outcome};
+use crate::routing::{Lease, Outcome};
 use crate::signal::{Listener, Signal};
 use crate::transport::{Delivery, Mailbox, Outgoing, Transport};
-use crate::wire::{ANSWER_MOST, Finish, Json, RelayedTo, Reply, Token, WorkerId};
+use crate::wire::{ANSWER_MOST, Finish, Json, Reply, Token, WorkerId};
 
 /// How often is looked whether a model that a worker loads is there.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -158,12 +158,6 @@ impl Attempt {
     }
 
     async fn send(&mut self) -> Result<(), ControllerError> {
-        // It registered between the question who cannot and the choice.
-        if let Some(relayed) = &self.outgoing.request.relayed
-            && self.lease.as_ref().is_some_and(|lease| lease.carrier() != Carrier::Http)
-        {
-            return Err(self.failed(no_endpoint(relayed.to)));
-        }
         let limit = self.set_sleep(None);
         let send: BoxFuture<'_, _> = self.transport.send(&self.outgoing);
         let sent = tokio::select! {
@@ -408,11 +402,6 @@ fn offline() -> ControllerError {
 
 fn cut_off() -> ControllerError {
     ControllerError::new(ControllerErrorCode::ControllerNotReady, "the controller stopped before the request was finished")
-}
-
-fn no_endpoint(to: RelayedTo) -> ControllerError {
-    ControllerError::new(ControllerErrorCode::ModelNotFound, format!("the worker has no {}", to.path()))
-        .with("endpoint", to.path())
 }
 
 fn defect(what: &str) -> ControllerError {

@@ -3,13 +3,12 @@
 //! It promises one end for each request, with everything given back and everything recorded before the caller sees it.
 //! What happens within an attempt is the attempt's business; who is chosen, the routing room's.
 
+mod choice;
 mod refusal;
 
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -18,9 +17,9 @@ use super::attempt::Attempt;
 use super::controller::CallOptions;
 use super::core::{Core, not_ready};
 use super::limits::{Deadline, Limit, Mode, timeout};
-use super::retry::{Next, lacks_endpoint};
+use super::retry::Next;
 use crate::error::{ControllerError, ControllerErrorCode};
-use crate::routing::{Carrier, Choice, Lease, Query, Refusal, Wanted};
+use crate::routing::{Choice, Lease};
 use crate::telemetry::{LeftOut, RequestMetadata, RequestRecord};
 use crate::transport::Outgoing;
 use crate::wire::{Finish, InferenceRequest, Json, PrefixHashes, WorkerId};
@@ -41,6 +40,8 @@ pub(super) struct Call {
     fallbacks: usize,
     attempts: u32,
     failed: Vec<Failed>,
+    /// Servers that have not what is asked for.
+    lacking: Vec<WorkerId>,
     first_worker: Option<WorkerId>,
     /// What each attempt met, for the error's context.
     met: Vec<Value>,
@@ -58,14 +59,6 @@ struct Failed {
     code: ControllerErrorCode,
     /// Until when it wants no further request.
     hold: Option<Instant>,
-}
-
-/// Who is not asked.
-struct LeftAside {
-    /// They failed this request.
-    tried: Vec<WorkerId>,
-    /// They cannot answer it.
-    unable: Vec<WorkerId>,
 }
 
 // === impl Call ===
@@ -110,6 +103,7 @@ impl Call {
             fallbacks: 0,
             attempts: 0,
             failed: Vec::new(),
+            lacking: Vec::new(),
             first_worker: None,
             met: Vec::new(),
             last: None,
@@ -163,8 +157,12 @@ impl Call {
         if self.options.worker_id.is_some() {
             return Err(self.give_up(error));
         }
-        if lacks_endpoint(&error) && self.is_nobody_left(now) {
-            return Err(self.give_up(error));
+        if error.lacks_endpoint() {
+            // It was a question, and no attempt: whoever may know better is asked, or the choice says why nobody is.
+            self.attempts -= 1;
+            self.lacking.extend(self.failed.pop().map(|failed| failed.worker));
+            self.last.get_or_insert(error);
+            return Ok(());
         }
         let next = self.core.next(&error, self.attempts);
         // Another model is another request: that a worker no longer serves the first one is not held against it.
@@ -313,134 +311,6 @@ impl Call {
         self.give_up(error)
     }
 
-    /// Chooses a worker, waiting for a place where all are full.
-    async fn lease(&mut self) -> Result<Lease, ControllerError> {
-        match self.lease_at_once(true, Instant::now()) {
-            Ok(lease) => Ok(lease),
-            // In a box, as other rare ways are, so that the usual one stays small.
-            Err(refusal) => self.lease_later(refusal).boxed().await,
-        }
-    }
-
-    /// Chooses a worker, if one has a place and, for those who are `polite`, nobody waits for it.
-    fn lease_at_once(&self, polite: bool, now: Instant) -> Result<Lease, Refusal> {
-        let line = self.line();
-        let rivals = |other: &str| self.core.router.is_shared(wanted(&line), wanted(other));
-        if polite && self.core.admission.is_waiting(&line, rivals) && self.may_wait(now) {
-            return Err(Refusal::Full);
-        }
-        self.select(now)
-    }
-
-    async fn lease_later(&mut self, mut refusal: Refusal) -> Result<Lease, ControllerError> {
-        let mut ticket = None;
-        loop {
-            let now = Instant::now();
-            if refusal == Refusal::Full {
-                let waiting = match &ticket {
-                    Some(ticket) => ticket,
-                    None => {
-                        let choosy = !self.failed.is_empty();
-                        let line = self.line();
-                        let joined = self.core.admission.join(&line, self.request.priority, choosy, self.deadline.at, now)?;
-                        joined.nudge(now);
-                        ticket.insert(joined)
-                    }
-                };
-                tokio::select! {
-                    biased;
-                    turn = waiting.turn() => turn?,
-                    () = self.core.cut.fired() => return Err(not_ready(self.core.state())),
-                }
-            } else {
-                // Whoever waits for a worker to be asked again waits for no place.
-                ticket = None;
-                if matches!(refusal, Refusal::NoHealthyWorkers { .. } | Refusal::AllTried { .. }) {
-                    let left_out = self.core.router.left_out(&self.query(&self.left_aside()), now);
-                    self.core.left_out.tell(&self.request.request_id, &self.request.model_id, &left_out, now);
-                }
-                if !self.revisit(&refusal, now).await? {
-                    return Err(self.refused(refusal));
-                }
-            }
-            match self.lease_at_once(ticket.is_none(), Instant::now()) {
-                Ok(lease) => return Ok(lease),
-                Err(next) => refusal = next,
-            }
-        }
-    }
-
-    /// The line that this request stands in where it has to wait.
-    fn line(&self) -> Cow<'_, str> {
-        match &self.options.worker_id {
-            Some(id) => Cow::Owned(format!("@{id}")),
-            None => Cow::Borrowed(self.request.model_id.as_str()),
-        }
-    }
-
-    fn select(&self, now: Instant) -> Result<Lease, Refusal> {
-        self.core.router.select(&self.query(&self.left_aside()), now)
-    }
-
-    /// Whether another attempt would find nobody, not even for a fallback model.
-    fn is_nobody_left(&self, now: Instant) -> bool {
-        !self.core.retry.revisit && !self.has_untried(now) && self.next_fallback().is_none()
-    }
-
-    /// Whether waiting can help: a request that everybody has failed is told so at once.
-    fn may_wait(&self, now: Instant) -> bool {
-        self.failed.is_empty() || self.has_untried(now)
-    }
-
-    fn has_untried(&self, now: Instant) -> bool {
-        self.core.router.has_untried(&self.query(&self.left_aside()), now)
-    }
-
-    fn left_aside(&self) -> LeftAside {
-        let tried = self.failed.iter().map(|failed| failed.worker.clone()).collect();
-        let unable = match &self.request.relayed {
-            Some(relayed) => {
-                let mut unable = self.core.router.not_behind(Carrier::Http);
-                unable.extend(self.core.http.lacking(relayed.to).cloned());
-                unable
-            }
-            None => Vec::new(),
-        };
-        LeftAside { tried, unable }
-    }
-
-    fn query<'a>(&'a self, aside: &'a LeftAside) -> Query<'a> {
-        Query {
-            model_id: &self.request.model_id,
-            session_id: self.request.session_id.as_deref(),
-            exclude: &aside.tried,
-            unable: &aside.unable,
-            worker_id: self.options.worker_id.as_deref(),
-            prompt: self.prompt.as_ref(),
-        }
-    }
-
-    /// With nobody else left and `revisitFailedWorkers`, lets those who failed without a timeout be asked again; waits for
-    /// the first of them that wants to be left alone for a while.
-    async fn revisit(&mut self, refusal: &Refusal, now: Instant) -> Result<bool, ControllerError> {
-        let forgivable = |failed: &Failed| failed.code != ControllerErrorCode::WorkerTimeout;
-        if !self.core.retry.revisit || !matches!(refusal, Refusal::AllTried { .. }) || !self.failed.iter().any(forgivable) {
-            return Ok(false);
-        }
-        let soonest = self.failed.iter().filter(|failed| forgivable(failed)).map(|failed| failed.hold.unwrap_or(now)).min();
-        let soonest = soonest.unwrap_or(now);
-        if soonest >= self.deadline.at {
-            return Ok(false);
-        }
-        tokio::select! {
-            biased;
-            () = tokio::time::sleep_until(soonest) => {}
-            () = self.core.cut.fired() => return Err(not_ready(self.core.state())),
-        }
-        self.failed.retain(|failed| !forgivable(failed) || failed.hold.is_some_and(|hold| hold > soonest));
-        Ok(true)
-    }
-
     fn begin(&mut self, lease: Lease) -> Attempt {
         let now = Instant::now();
         self.attempts += 1;
@@ -496,36 +366,6 @@ impl Call {
         error
     }
 
-    fn next_fallback(&self) -> Option<&String> {
-        self.core.config.request_routing.fallback_models.get(&self.asked.model_id)?.get(self.fallbacks)
-    }
-
-    /// Whether somebody may be asked for the next fallback model.
-    fn can_turn_to_fallback(&self, now: Instant) -> bool {
-        let aside = self.left_aside();
-        let asks = |model_id| self.core.router.has_untried(&Query { model_id, ..self.query(&aside) }, now);
-        self.next_fallback().is_some_and(|next| asks(next))
-    }
-
-    /// Goes on with the next fallback model, where there is one and an attempt is left.
-    fn turn_to_fallback(&mut self, code: ControllerErrorCode) -> bool {
-        let turns = matches!(
-            code,
-            ControllerErrorCode::ModelNotFound | ControllerErrorCode::NoWorkersAvailable | ControllerErrorCode::NoHealthyWorkers
-        );
-        if !turns || self.options.worker_id.is_some() || self.attempts >= self.core.retry.attempts() {
-            return false;
-        }
-        let Some(next) = self.next_fallback().cloned() else { return false };
-        self.fallbacks += 1;
-        let request = InferenceRequest { model_id: next, ..(*self.request).clone() };
-        self.prompt = self.prompt.take().map(|_| PrefixHashes::of(&request));
-        self.request = Arc::new(request);
-        // That one model could not be loaded says nothing about another.
-        self.failed.retain(|failed| failed.code != ControllerErrorCode::ModelLoadFailed);
-        true
-    }
-
     /// Ends the request with an error, and gives the error as the caller sees it.
     fn give_up(&mut self, error: ControllerError) -> ControllerError {
         let mut error = error.or_with("requestId", &*self.request.request_id).or_with("modelId", &*self.request.model_id);
@@ -563,11 +403,6 @@ impl Call {
         self.core.metrics.request_ended(model, code, duration, self.first_token);
         self.core.ended.notify_waiters();
     }
-}
-
-/// What those who stand in a line want.
-fn wanted(line: &str) -> Wanted<'_> {
-    line.strip_prefix('@').map_or(Wanted::Model(line), Wanted::Worker)
 }
 
 /// The caller went away.

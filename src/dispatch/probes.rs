@@ -154,6 +154,7 @@ impl Watch {
         }
         if !lives {
             self.incarnation = uuid::Uuid::new_v4().to_string();
+            self.core.http.lives_anew(&self.worker);
             self.sequence = 0;
             self.is_over = false;
         }

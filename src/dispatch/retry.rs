@@ -54,13 +54,12 @@ impl RetryPolicy {
 
     /// What follows the failure of attempt number `attempt` (1 for the first). The budget is asked for separately.
     pub(super) fn next(&self, error: &ControllerError, attempt: u32, rng: &mut fastrand::Rng) -> Next {
-        let may = self.on.contains(&error.code()) || lacks_endpoint(error);
-        let may = may && self.attempts() > 1 && error.retry_after_ms().is_none_or(|after| after >= 0);
+        let may = self.attempts() > 1 && self.on.contains(&error.code()) && error.retry_after_ms().is_none_or(|after| after >= 0);
         if !may {
             Next::Surface
         } else if attempt >= self.attempts() {
             Next::Exhausted
-        } else if nobody_listened(error) || lacks_endpoint(error) {
+        } else if nobody_listened(error) {
             Next::After(Duration::ZERO)
         } else {
             Next::After(self.backoff(attempt, rng))
@@ -78,11 +77,6 @@ impl RetryPolicy {
 /// Whether the worker cannot have begun with the request.
 pub(super) fn nobody_listened(error: &ControllerError) -> bool {
     error.context().get("noResponders") == Some(&serde_json::Value::Bool(true))
-}
-
-/// Whether the worker is a server without the endpoint that was asked for; another one may have it.
-pub(super) fn lacks_endpoint(error: &ControllerError) -> bool {
-    error.context().contains_key("endpoint")
 }
 
 // === budget ===

@@ -147,7 +147,10 @@ impl TokenStream {
 
     fn give(&mut self, token: Token) {
         self.call.first_token();
-        self.text.push_str(&token.text);
+        // Events of another API make no text together.
+        if self.call.request().relayed.is_none() {
+            self.text.push_str(&token.text);
+        }
         self.ready.push(token);
     }
 

@@ -108,7 +108,7 @@ impl CompletionCall {
             response_format: body::object("response_format", body.response_format)?,
             session_id: session(session_header, &body)?,
             stream,
-            priority: priority(&body)?,
+            priority: body::read("priority", body.priority, r#"one of "high", "normal" and "low""#)?.unwrap_or(Priority::Normal),
             unknown_priority: None,
             resume: None,
             relayed: None,
@@ -197,11 +197,6 @@ fn include_usage(raw: Raw<'_>) -> Result<bool, ControllerError> {
     }
     let options: Option<Options> = body::read("stream_options", raw, r#"an object such as {"include_usage": true}"#)?;
     Ok(options.and_then(|options| options.include_usage).unwrap_or(false))
-}
-
-pub(super) fn priority(body: &Body<'_>) -> Result<Priority, ControllerError> {
-    let priority = body::read("priority", body.priority, r#"one of "high", "normal" and "low""#)?;
-    Ok(priority.unwrap_or(Priority::Normal))
 }
 
 pub(super) fn session(header: Option<&str>, body: &Body<'_>) -> Result<Option<String>, ControllerError> {

@@ -1,8 +1,8 @@
 //! The OpenAI codec for Python front-ends: `CompletionCall`, `StreamEncoder` and the bodies of errors and models.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -31,7 +31,10 @@ pub(super) struct PyRelayedCall(RelayedCall);
 
 /// Hands a relayed stream on. The same methods as those of `StreamEncoder`.
 #[pyclass(frozen, module = "mlx_serving_router._native", name = "RelayedStream")]
-pub(super) struct PyRelayedStream;
+pub(super) struct PyRelayedStream {
+    /// Events that were handed on.
+    events: AtomicU64,
+}
 
 /// Status, headers and body.
 type Parts<'py> = (u16, Vec<(&'static str, String)>, Bound<'py, PyBytes>);
@@ -134,8 +137,7 @@ impl PyStreamEncoder {
 }
 
 fn relay(py: Python<'_>, to: RelayedTo, body: &[u8], request_id: String, session_id: Option<&str>) -> PyResult<PyRelayedCall> {
-    let body = Bytes::copy_from_slice(body);
-    errors::unwrap(py, RelayedCall::parse(to, &body, request_id, session_id)).map(PyRelayedCall)
+    errors::unwrap(py, RelayedCall::parse(to, body, request_id, session_id)).map(PyRelayedCall)
 }
 
 #[pymethods]
@@ -180,7 +182,7 @@ impl PyRelayedCall {
     /// What hands the answer on as it comes.
     #[pyo3(signature = (created))]
     fn stream_encoder(&self, #[allow(unused_variables)] created: u64) -> PyRelayedStream {
-        PyRelayedStream
+        PyRelayedStream { events: AtomicU64::new(0) }
     }
 }
 
@@ -192,8 +194,10 @@ impl PyRelayedStream {
 
     /// Events of the answer.
     fn tokens<'py>(&self, py: Python<'py>, events: Vec<Bound<'py, PyTokenEvent>>) -> Bound<'py, PyBytes> {
-        let texts: Vec<&[u8]> = events.iter().map(|event| event.get().0.text.as_bytes()).collect();
-        PyBytes::new(py, &texts.concat())
+        let texts = events.iter().map(|event| event.get().0.text.as_str()).collect::<String>();
+        let ends = texts.matches("\n\n").count();
+        self.events.fetch_add(u64::try_from(ends).unwrap_or(0), Ordering::Relaxed);
+        PyBytes::new(py, texts.as_bytes())
     }
 
     /// Nothing: the last event has said it.
@@ -213,7 +217,7 @@ impl PyRelayedStream {
 
     /// The end of a stream that broke.
     fn error<'py>(&self, py: Python<'py>, error: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(PyBytes::new(py, &openai::relayed_error(&core_error(error)?)))
+        Ok(PyBytes::new(py, &openai::relayed_error(&core_error(error)?, self.events.load(Ordering::Relaxed))))
     }
 }
 

@@ -237,7 +237,15 @@ impl PyRouter {
         errors::unwrap(py, session_id.map_or(Ok(()), check_session_id))?;
         let exclude = exclude.iter().map(|name| worker_id(name)).collect::<PyResult<Vec<_>>>()?;
         let prompt = prompt.filter(|_| self.router.wants_prefixes()).map(|text| PrefixHashes::of_prompt(model_id, text));
-        let query = Query { model_id, session_id, exclude: &exclude, unable: &[], worker_id: None, prompt: prompt.as_ref() };
+        let query = Query {
+            model_id,
+            session_id,
+            exclude: &exclude,
+            carrier: None,
+            unable: &[],
+            worker_id: None,
+            prompt: prompt.as_ref(),
+        };
         let lease = self.router.select(&query, now).map_err(|refusal| {
             let error = refused(model_id, refusal);
             if explain { error.with("leftOut", shown("workerId", &self.router.left_out(&query, now))) } else { error }

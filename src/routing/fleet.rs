@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::ledger::{Entry, Ledger, Page};
 use super::rendezvous;
+use super::selection::Query;
 use super::worker::{Life, Standing, Worker};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::wire::WorkerId;
@@ -52,9 +53,7 @@ const NOBODY: u32 = u32::MAX;
 pub(super) struct Candidates<'a> {
     pub(super) fleet: &'a Fleet,
     pub(super) model: &'a Model,
-    pub(super) model_id: &'a str,
-    pub(super) exclude: &'a [WorkerId],
-    pub(super) unable: &'a [WorkerId],
+    pub(super) query: &'a Query<'a>,
     /// Those who stand so, and no others.
     pub(super) tier: Standing,
     /// Those of this priority, and no others; `None`: all.
@@ -165,8 +164,7 @@ impl<'a> Candidates<'a> {
         worker.standing() == self.tier
             && self.priority.is_none_or(|priority| worker.priority == priority)
             && worker.load.has_room(self.now)
-            && !self.exclude.contains(&worker.id)
-            && !self.unable.contains(&worker.id)
+            && self.query.may_ask(worker)
             && worker.admits(self.panic, self.now)
             && self.warm_up.is_none_or(|warm_up| warm_up.admits(worker, self.now))
     }

@@ -19,7 +19,8 @@ use crate::wire::{Capacity, Registration, Skills, WorkerId, WorkerStatus};
 
 const ORDERS: usize = 500;
 const FAILURE: Outcome = Outcome::Failure(ControllerErrorCode::WorkerUnavailable);
-const ANY: Query<'static> = Query { model_id: "m", session_id: None, exclude: &[], unable: &[], worker_id: None, prompt: None };
+const ANY: Query<'static> =
+    Query { model_id: "m", session_id: None, exclude: &[], carrier: None, unable: &[], worker_id: None, prompt: None };
 
 /// A router, and what its observer was told. It is only asked at one moment.
 struct World {

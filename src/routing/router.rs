@@ -148,13 +148,6 @@ impl Router {
         self.find(id).map(|worker| WorkerSnapshot::new(&worker, now))
     }
 
-    /// Those who are reached in another way.
-    #[must_use]
-    pub fn not_behind(&self, carrier: Carrier) -> Vec<WorkerId> {
-        let fleet = self.fleet();
-        fleet.workers.values().filter(|worker| worker.carrier != carrier).map(|worker| worker.id.clone()).collect()
-    }
-
     /// What the breaker of every known worker has seen, by id; empty where there are none.
     #[must_use]
     pub fn breaker_stats(&self, now: Instant) -> Vec<(WorkerId, BreakerStats)> {

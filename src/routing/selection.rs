@@ -15,7 +15,7 @@ use super::lease::{Choice, Lease};
 use super::router::Router;
 use super::sessions::Binding;
 use super::strategy::Caches;
-use super::worker::{Standing, Worker};
+use super::worker::{Carrier, Standing, Worker};
 use super::{rendezvous, strategy};
 use crate::wire::{PrefixHashes, WorkerId};
 
@@ -28,7 +28,9 @@ pub struct Query<'a> {
     pub session_id: Option<&'a str>,
     /// Workers that failed this request.
     pub exclude: &'a [WorkerId],
-    /// Workers that cannot answer such a request at all: as if they did not serve the model.
+    /// How workers have to be reached, where that matters; others are as if they did not serve the model.
+    pub carrier: Option<Carrier>,
+    /// Workers that cannot answer such a request: likewise.
     pub unable: &'a [WorkerId],
     /// The worker that the caller wants, and no other; the rest is then only checked.
     pub worker_id: Option<&'a str>,
@@ -82,7 +84,7 @@ pub enum Refusal {
 pub enum LeftOut {
     /// It failed this request.
     Tried,
-    /// It cannot answer such a request.
+    /// It is reached as the request wants it, and cannot answer it all the same.
     Unable,
     /// Its breaker refuses.
     CircuitOpen,
@@ -124,18 +126,8 @@ impl Router {
             let model = fleet.model(query.model_id);
             let panic = model.is_some_and(|model| hub.panics(&fleet, model));
             let chosen = model.and_then(|model| {
-                let candidates = Candidates {
-                    fleet: &fleet,
-                    model,
-                    model_id: query.model_id,
-                    exclude: query.exclude,
-                    unable: query.unable,
-                    tier: Standing::Online,
-                    priority: None,
-                    panic,
-                    warm_up: None,
-                    now,
-                };
+                let candidates =
+                    Candidates { fleet: &fleet, model, query, tier: Standing::Online, priority: None, panic, warm_up: None, now };
                 Some((model, self.choose(candidates, session, bound.as_ref(), caches)?))
             });
             let Some((model, (place, choice))) = chosen else {
@@ -198,7 +190,7 @@ impl Router {
         fleet.model(query.model_id).is_some_and(|model| {
             let panic = self.hub().panics(&fleet, model);
             let may = |worker: &Worker| worker.standing().is_online() && worker.admits(panic, now);
-            model.workers.iter().any(|worker| may(worker) && query.may_ask(&worker.id))
+            model.workers.iter().any(|worker| may(worker) && query.may_ask(worker))
         })
     }
 
@@ -281,7 +273,7 @@ impl Router {
         let Some(worker) = fleet.workers.get(id).filter(|worker| worker.standing().is_online()) else {
             return Err(Refusal::WorkerOffline);
         };
-        if query.unable.contains(&worker.id) || !worker.live().models.iter().any(|model| **model == *query.model_id) {
+        if !query.is_for(worker) || !worker.live().models.iter().any(|model| **model == *query.model_id) {
             return Err(Refusal::ModelNotFound);
         }
         if let Some(lease) = claim(worker, Choice::Named, false, now) {
@@ -300,7 +292,7 @@ impl Router {
         let (mut total, mut healthy, mut untried) = (0, 0, 0);
         let mut soonest = None;
         let serving = model.map_or(&[][..], |model| &model.workers);
-        let may_serve = |worker: &&Arc<Worker>| worker.standing().is_online() && !query.unable.contains(&worker.id);
+        let may_serve = |worker: &&Arc<Worker>| worker.standing().is_online() && query.is_for(worker);
         for worker in serving.iter().filter(may_serve) {
             total += 1;
             match worker.breaker() {
@@ -331,15 +323,20 @@ impl Router {
 /// Whether one of a model's workers would take a request, asked itself.
 fn is_anybody_free(model: &Model, query: &Query<'_>, panic: bool, now: Instant) -> bool {
     let is_free = |worker: &Worker| worker.presence().is_some() && worker.load.has_room(now) && worker.admits(panic, now);
-    model.workers.iter().any(|worker| is_free(worker) && query.may_ask(&worker.id))
+    model.workers.iter().any(|worker| is_free(worker) && query.may_ask(worker))
 }
 
 // === impl Query ===
 
 impl Query<'_> {
-    /// Whether the query leaves a worker in question.
-    fn may_ask(&self, worker: &WorkerId) -> bool {
-        !self.exclude.contains(worker) && !self.unable.contains(worker)
+    /// Whether a worker that serves the model can answer.
+    fn is_for(&self, worker: &Worker) -> bool {
+        self.carrier.is_none_or(|carrier| worker.carrier == carrier) && !self.unable.contains(&worker.id)
+    }
+
+    /// Whether it comes into question.
+    pub(super) fn may_ask(&self, worker: &Worker) -> bool {
+        !self.exclude.contains(&worker.id) && self.is_for(worker)
     }
 }
 
@@ -362,13 +359,14 @@ impl Hub {
         let is_chosen = |worker: &Worker| chosen.is_some_and(|chosen| chosen.life == worker.life);
         // Mostly nobody is left out, and the ledger says so without asking each of thousands.
         let told_by_marks = query.exclude.is_empty() && query.unable.is_empty() && model.priorities.is_empty();
+        let is_wanted = |worker: &Worker| query.carrier.is_none_or(|carrier| worker.carrier == carrier);
         let (some, all) = match told_by_marks {
             true => (Some(model.marked(&fleet)), None),
             false => (None, Some(model.workers.iter())),
         };
         let those = some.into_iter().flatten().chain(all.into_iter().flatten());
         those
-            .filter(|worker| !is_chosen(worker))
+            .filter(|worker| !is_chosen(worker) && is_wanted(worker))
             .filter_map(|worker| {
                 let why = match worker.standing() {
                     Standing::Offline | Standing::Draining => return None,

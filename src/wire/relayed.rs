@@ -5,7 +5,7 @@ use std::fmt;
 use bytes::Bytes;
 
 /// An endpoint that messages between controllers and workers have no words for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RelayedTo {
     /// `/v1/embeddings`.
     Embeddings,
@@ -13,23 +13,19 @@ pub enum RelayedTo {
     Responses,
 }
 
-/// A client's body, to be sent as it came but for the name of the model, by which each server may know it differently.
+/// A client's body, to be sent as it came but for the name of the model, by which each server may know it differently, and for
+/// what only the router reads.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Relayed {
     /// Where it goes.
     pub to: RelayedTo,
-    /// What stands before the name.
-    pub before: Bytes,
-    /// What stands behind it.
-    pub after: Bytes,
+    /// All members but the model, each with a comma before it.
+    pub members: Bytes,
 }
 
 // === impl RelayedTo ===
 
 impl RelayedTo {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Embeddings, Self::Responses];
-
     /// The address below that of a server.
     #[must_use]
     pub const fn path(self) -> &'static str {
@@ -47,13 +43,13 @@ impl Relayed {
     #[must_use]
     pub fn body(&self, model: &str) -> Vec<u8> {
         let name = serde_json::Value::from(model).to_string();
-        [&self.before, name.as_bytes(), &self.after].concat()
+        [br#"{"model":"#, name.as_bytes(), &self.members, b"}"].concat()
     }
 }
 
 /// Says the size alone: what is asked is never printed.
 impl fmt::Debug for Relayed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "<{} bytes for {}>", self.before.len() + self.after.len(), self.to.path())
+        write!(f, "<{} bytes for {}>", self.members.len(), self.to.path())
     }
 }

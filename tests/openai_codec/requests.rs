@@ -1,6 +1,5 @@
 //! Bodies in.
 
-use bytes::Bytes;
 use mlx_serving_router::error::{ControllerError, ControllerErrorCode as Code};
 use mlx_serving_router::openai::{CompletionCall, Endpoint, RelayedCall};
 use mlx_serving_router::wire::{Priority, RelayedTo};
@@ -213,17 +212,18 @@ fn the_session_is_the_first_that_is_given() {
 }
 
 fn relayed(to: RelayedTo, body: &str) -> Result<RelayedCall, ControllerError> {
-    RelayedCall::parse(to, &Bytes::copy_from_slice(body.as_bytes()), "r", None)
+    RelayedCall::parse(to, body.as_bytes(), "r", None)
 }
 
 #[test]
-fn of_a_relayed_body_the_name_of_the_model_alone_is_replaced() {
-    let body = r#" {"é": "\u00e9", "model" : "a\"b" , "model ": 1, "input": ["x"], "session_id": "s", "priority": "high"} "#;
+fn a_relayed_body_goes_on_but_for_what_the_router_reads() {
+    let body = r#" {"é": "\u00e9", "model" : "a\"b" , "model ": 1.50, "input": [ "x"], "session_id": "s", "priority": "high", "user": "u"} "#;
     let call = relayed(RelayedTo::Responses, body).unwrap();
     let request = &call.request;
     assert_eq!((&*request.model_id, request.session_id.as_deref(), request.priority), ("a\"b", Some("s"), Priority::High));
     let sent = request.relayed.as_ref().unwrap().body("c\"d");
-    assert_eq!(String::from_utf8(sent).unwrap(), body.replace(r#""a\"b""#, r#""c\"d""#));
+    let wanted = r#"{"model":"c\"d","é":"\u00e9","model ":1.50,"input":[ "x"],"user":"u"}"#;
+    assert_eq!(String::from_utf8(sent).unwrap(), wanted);
     assert!(!format!("{request:?} {:?}", request.relayed).contains("input"));
 }
 
@@ -234,13 +234,16 @@ fn of_a_relayed_body_only_what_routing_needs_is_judged() {
         (r#"{"model": null}"#, "model"),
         (r#"{"model": 5}"#, "model"),
         (r#"{"model": ""}"#, "model"),
-        (r#"{"model": "m", "priority": "urgent"}"#, "priority"),
         (r#"{"model": "m", "stream": "yes"}"#, "stream"),
         (r#"{"model": "m", "session_id": ""}"#, "session_id"),
     ] {
         let error = relayed(RelayedTo::Responses, body).unwrap_err();
         assert_eq!(error.context()["field"], field, "{body}");
     }
+    // Servers have a priority of their own, which is a number.
+    let call = relayed(RelayedTo::Embeddings, r#"{"model": "m", "priority": 3}"#).unwrap();
+    assert_eq!(call.request.priority, Priority::Normal);
+    assert_eq!(call.request.relayed.as_ref().unwrap().body("m"), br#"{"model":"m","priority":3}"#);
     assert!(relayed(RelayedTo::Embeddings, "[]").is_err() && relayed(RelayedTo::Embeddings, "{").is_err());
     // Embeddings are never streams, and have no session.
     let call = relayed(RelayedTo::Embeddings, r#"{"model": "m", "stream": "yes", "user": "u"}"#).unwrap();

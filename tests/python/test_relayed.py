@@ -56,12 +56,14 @@ class Upstream:
     Attributes:
         asked: The bodies that came.
         left: A client left in mid-stream.
+        goes_on: Lets a stream that is late go on.
     """
 
     def __init__(self) -> None:
         """Make its application."""
         self.asked: list[dict[str, Any]] = []
         self.left = threading.Event()
+        self.goes_on = threading.Event()
         self.app = FastAPI()
         self.app.get("/health")(self.health)
         self.app.post("/v1/embeddings")(self.embeddings)
@@ -97,6 +99,9 @@ class Upstream:
     async def _events(self, what: str) -> AsyncIterator[str]:
         created = {**RESPONSE, "status": "in_progress", "output": [], "usage": None}
         yield _event("response.created", 0, response=created)
+        if what == "late":
+            await asyncio.to_thread(self.goes_on.wait, PATIENCE)
+            return
         delta = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": "Hello"}
         yield _event("response.output_text.delta", 1, **delta)
         if what == "break":
@@ -201,12 +206,28 @@ def test_a_stream_of_events_that_breaks_raises(client: OpenAI, url: str) -> None
     name, _, data = last.partition("\n")
     told = json.loads(data.removeprefix("data: "))
     assert (name, told["type"], told["code"]) == ("event: error", "error", "STREAM_INTERRUPTED")
+    assert told["sequence_number"] == 2
 
 
 def test_a_client_that_leaves_ends_the_work(client: OpenAI, upstream: Upstream) -> None:
     with client.responses.create(model="outer", input="stall", stream=True) as stream:
         assert next(iter(stream)).type == "response.created"
     assert upstream.left.wait(PATIENCE)
+
+
+def test_signs_of_life_come_before_the_first_word(upstream: Upstream) -> None:
+    body = {"model": "outer", "input": "late", "stream": True}
+    with (
+        serve(upstream.app) as behind,
+        fronted(behind, sseKeepaliveIntervalMs=1000) as url,
+        httpx.stream("POST", f"{url}/v1/responses", json=body, timeout=PATIENCE) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert (answer.status_code, next(lines)) == (200, ": keepalive")
+        upstream.goes_on.set()
+        rest = [line for line in lines if line and not line.startswith(":")]
+    assert rest[0] == "event: error"
+    assert json.loads(rest[1].removeprefix("data: "))["error"]["code"] == "NO_WORKERS_AVAILABLE"
 
 
 def test_keys_and_bodies_are_looked_at_as_everywhere(upstream: Upstream) -> None:

@@ -119,6 +119,7 @@ impl Run {
                     model_id: &model,
                     session_id: session.as_deref(),
                     exclude: &exclude,
+                    carrier: None,
                     unable: &[],
                     worker_id: named.as_deref(),
                     prompt: None,

@@ -128,7 +128,8 @@ impl World {
     }
 }
 
-const ANY: Query<'static> = Query { model_id: "m", session_id: None, exclude: &[], unable: &[], worker_id: None, prompt: None };
+const ANY: Query<'static> =
+    Query { model_id: "m", session_id: None, exclude: &[], carrier: None, unable: &[], worker_id: None, prompt: None };
 
 /// So many cases, or as many as `PROPTEST_CASES` says.
 fn cases(cases: u32) -> ProptestConfig {

@@ -19,7 +19,7 @@ pub(super) fn pick(candidates: &Candidates<'_>) -> Option<usize> {
     candidates.each_in_turn::<()>(|place, worker| {
         let live = worker.live();
         let rank = Rank {
-            cold: !live.loaded.iter().any(|model| model == candidates.model_id),
+            cold: !live.loaded.iter().any(|model| model == candidates.query.model_id),
             free_memory_gb: live.free_memory_gb(),
             requests: worker.load.total(candidates.now),
         };

@@ -333,7 +333,7 @@ impl Choice<'_> {
 }
 
 /// A value, or nothing where it is of another kind.
-fn if_readable<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
+pub(super) fn if_readable<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
     let raw: &'de RawValue = Deserialize::deserialize(from)?;
     Ok(serde_json::from_str(raw.get()).ok())
 }

@@ -66,11 +66,17 @@ async fn exchange(
     let began = Instant::now();
     match answer(client, server, work, outgoing, postbox, began).await {
         Ok((reply, rest)) => {
+            if let Some(asked) = &outgoing.request.relayed {
+                server.has(asked.to, &outgoing.request.model_id);
+            }
             postbox.post_in_time(Delivery::Reply(reply)).await;
             rest
         }
         Err(error) => {
             server.note(&error);
+            if let Some(asked) = outgoing.request.relayed.as_ref().filter(|_| error.lacks_endpoint()) {
+                server.lacks(asked.to, &outgoing.request.model_id);
+            }
             postbox.post_in_time(Delivery::Failed(error)).await;
             None
         }
@@ -95,14 +101,14 @@ async fn answer(
         // Late: what has come by then is better than nothing.
         let _ = timeout(WORDS_LONGEST, collect(body, WORDS_MOST, &mut words)).await;
         return Err(match &outgoing.request.relayed {
-            Some(asked) => relayed::refused(server, asked.to, head.status, &head.headers, &words, &uri),
+            Some(asked) => refusal::of_endpoint(asked.to.path(), head.status, &head.headers, &words, &uri),
             None => refusal::by_status(head.status, &head.headers, &words, &uri),
         });
     }
     server.took_key();
-    match outgoing.request.relayed {
-        Some(_) if outgoing.request.stream => relayed::events(server, response, postbox).await,
-        Some(_) => Ok((relayed::whole(response).await?, None)),
+    match &outgoing.request.relayed {
+        Some(asked) if outgoing.request.stream => relayed::events(asked.to, server, response, postbox).await,
+        Some(asked) => Ok((relayed::whole(asked.to, response).await?, None)),
         None => read(server, response, postbox, began).await,
     }
 }

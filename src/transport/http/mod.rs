@@ -66,9 +66,16 @@ impl HttpTransport {
         Ok(Self { client: Arc::new(client), servers })
     }
 
-    /// The servers that said lately that they have no such endpoint.
-    pub fn lacking(&self, to: RelayedTo) -> impl Iterator<Item = &WorkerId> {
-        self.servers.values().filter(move |server| server.is_lacking(to)).map(|server| &server.worker)
+    /// The servers that said lately that they have no such endpoint for this model.
+    pub fn lacking<'a>(&'a self, to: RelayedTo, model: &'a str) -> impl Iterator<Item = &'a WorkerId> {
+        self.servers.values().filter(move |server| server.is_lacking(to, model)).map(|server| &server.worker)
+    }
+
+    /// The server of a worker lives anew: what it lacked before it may have.
+    pub fn lives_anew(&self, worker: &WorkerId) {
+        if let Some(server) = self.server(worker) {
+            server.may_have_all();
+        }
     }
 
     fn server(&self, worker: &WorkerId) -> Option<&Arc<Server>> {

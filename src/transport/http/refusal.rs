@@ -45,6 +45,39 @@ pub(super) fn by_status(status: StatusCode, headers: &HeaderMap, body: &[u8], pa
     }
 }
 
+/// The same of an endpoint that servers may not have: that one has it not, or not for this model, is no failure.
+pub(super) fn of_endpoint(
+    endpoint: &'static str,
+    status: StatusCode,
+    headers: &HeaderMap,
+    body: &[u8],
+    path: &Uri,
+) -> ControllerError {
+    let error = by_status(status, headers, body, path);
+    let words = || error.message().to_owned();
+    let told = match status {
+        StatusCode::METHOD_NOT_ALLOWED => ControllerError::no_endpoint(endpoint, None),
+        StatusCode::NOT_IMPLEMENTED => ControllerError::no_endpoint(endpoint, Some(words())),
+        StatusCode::NOT_FOUND => match serde_json::from_slice(body).ok().as_ref().and_then(said_of) {
+            None => ControllerError::no_endpoint(endpoint, None),
+            Some(said) if is_of_request(said) => {
+                ControllerError::in_workers_words(ControllerErrorCode::RequestValidationFailed, words())
+            }
+            Some(_) => ControllerError::no_endpoint(endpoint, Some(words())),
+        },
+        _ => return error,
+    };
+    told.with("httpStatus", status.as_u16())
+}
+
+/// Whether a 404 is about something that the request names, such as a response that it was to follow.
+fn is_of_request(error: &Value) -> bool {
+    let text = |key: &str| error.get(key).and_then(Value::as_str);
+    let is_about_other = text("param").is_some_and(|param| param != "model");
+    let is_invalid = by_name(error) == Some(ControllerErrorCode::RequestValidationFailed);
+    !is_model_missing(error) && text("code") != Some("unknown_url") && (is_about_other || is_invalid)
+}
+
 /// The error of an error object within a stream, or in place of an answer.
 pub(super) fn by_object(error: &Value) -> ControllerError {
     let status = error.get("code").and_then(Value::as_u64).and_then(|code| u16::try_from(code).ok());
@@ -79,7 +112,7 @@ fn by_name(error: &Value) -> Option<ControllerErrorCode> {
         Some(ControllerErrorCode::ModelNotFound)
     } else if names.iter().any(|name| name.starts_with("rate_limit")) {
         Some(ControllerErrorCode::WorkerOverloaded)
-    } else if is_any(&["invalid_request_error", "badrequesterror"]) {
+    } else if is_any(&["invalid_request_error", "badrequesterror", "invalid_prompt"]) {
         Some(ControllerErrorCode::RequestValidationFailed)
     } else {
         None

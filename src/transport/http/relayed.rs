@@ -1,17 +1,19 @@
 //! An answer in the OpenAI API's own words, handed on as it came.
 //!
-//! Read of it is only what says whether it is complete and what it cost: an answer that was cut must not be taken for one. Events of
-//! a stream are written anew, one `data` line for each of theirs, so that what reaches a client is whole events.
+//! Read of it is only what says whether there is such an endpoint, whether the answer is complete, and what it cost: an answer that was
+//! cut must not be taken for one. Events of a stream are written anew, one `data` line for each of theirs, so that what reaches a
+//! client is whole events. Those that come before the server has begun to answer are kept until it has: up to then another server may
+//! be asked.
 
 use std::borrow::Cow;
 
+use hyper::Response;
 use hyper::body::{Body, Incoming};
-use hyper::header::HeaderMap;
-use hyper::{Response, StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
-use super::answer::protocol_error;
+use super::answer::{if_readable, protocol_error};
 use super::exchange::{broken, collect, data};
 use super::refusal;
 use super::server::Server;
@@ -20,11 +22,18 @@ use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::{Delivery, Postbox};
 use crate::wire::{ANSWER_MOST, Finish, RelayedTo, Reply, Token, TokenIds, Usage};
 
+/// The longest answer in one piece: some two thousand embeddings of four thousand numbers each.
+const WHOLE_MOST: usize = 64 << 20;
+/// So much is kept of the events before the first word.
+const PREFACE_MOST: usize = 256 * 1024;
+
 /// An answer in one piece.
 #[derive(Deserialize)]
 struct Whole<'a> {
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "if_readable")]
     object: Option<Cow<'a, str>>,
+    #[serde(borrow, default, deserialize_with = "if_readable")]
+    status: Option<Cow<'a, str>>,
     #[serde(default)]
     usage: Value,
     #[serde(default)]
@@ -34,79 +43,72 @@ struct Whole<'a> {
 /// An event of a stream.
 #[derive(Deserialize)]
 struct Event<'a> {
-    #[serde(borrow, default, rename = "type")]
+    #[serde(borrow, default, rename = "type", deserialize_with = "if_readable")]
     kind: Option<Cow<'a, str>>,
-    #[serde(default)]
-    response: Option<Cost>,
+    #[serde(borrow, default)]
+    response: Option<&'a RawValue>,
 }
 
-#[derive(Deserialize)]
-struct Cost {
+/// What the last event says of the answer.
+#[derive(Default, Deserialize)]
+struct Outcome {
     #[serde(default)]
     usage: Value,
+    #[serde(default)]
+    error: Value,
 }
 
-/// The error of an answer with another status than 200. A server that has no such endpoint is not asked for it again for a while.
-pub(super) fn refused(
-    server: &Server,
-    to: RelayedTo,
-    status: StatusCode,
-    headers: &HeaderMap,
-    body: &[u8],
-    uri: &Uri,
-) -> ControllerError {
-    let error = refusal::by_status(status, headers, body, uri);
-    if !matches!(status, StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED) {
-        return error;
-    }
-    // Who has it says in the API's words what else is not there, mostly the model.
-    if error.code() != ControllerErrorCode::ModelNotFound {
-        server.lacks(to);
-    }
-    let has_words = error.code() != ControllerErrorCode::WorkerUnavailable || status == StatusCode::NOT_IMPLEMENTED;
-    let told = if has_words {
-        ControllerError::in_workers_words(ControllerErrorCode::ModelNotFound, error.message().to_owned())
-    } else {
-        ControllerError::new(ControllerErrorCode::ModelNotFound, format!("the worker has no {}", to.path()))
-    };
-    told.with("endpoint", to.path()).with("httpStatus", status.as_u16())
+/// A stream on its way to its reader.
+struct Relay<'a> {
+    postbox: &'a Postbox,
+    /// The place of the next token.
+    index: u64,
+    /// Bytes of the events so far.
+    size: usize,
+    /// Events from before the answer began.
+    preface: String,
 }
 
 /// Reads an answer in one piece.
-pub(super) async fn whole(response: Response<Incoming>) -> Result<Reply, ControllerError> {
-    let mut bytes = Vec::new();
-    if !collect(response.into_body(), ANSWER_MOST, &mut bytes).await {
-        return Err(if bytes.len() >= ANSWER_MOST { protocol_error("its answer does not end") } else { broken() });
-    }
-    let Whole { object, usage, error } = read(&bytes).ok_or_else(|| protocol_error("its answer is no JSON object"))?;
-    // A response that failed has its error within.
-    if !error.is_null() && object.is_none_or(|object| object == "error") {
-        return Err(refusal::by_object(&error));
-    }
-    let finish = finish(&usage);
-    let text = String::from_utf8(bytes).map_err(|_| protocol_error("its answer is not UTF-8"))?;
+pub(super) async fn whole(to: RelayedTo, response: Response<Incoming>) -> Result<Reply, ControllerError> {
+    let (text, finish) = gather(to, Vec::new(), response.into_body()).await?;
     Ok(Reply::Response { text, finish, logprobs: None })
 }
 
 /// Reads a stream, and posts its events. Gives its end, and what may be left of the body.
 pub(super) async fn events(
+    to: RelayedTo,
     server: &Server,
     response: Response<Incoming>,
     postbox: &Postbox,
 ) -> Result<(Reply, Option<Incoming>), ControllerError> {
     let mut body = response.into_body();
-    let mut events = Decoder::default();
-    let mut index = 0;
+    // The last event repeats the whole answer.
+    let mut events = Decoder::with_longest(ANSWER_MOST);
+    let mut relay = Relay { postbox, index: 0, size: 0, preface: String::new() };
+    let mut is_known = false;
     loop {
         match data(&mut body).await {
             Ok(Some(bytes)) => {
                 server.heard();
+                match bytes.iter().find(|byte| !byte.is_ascii_whitespace()).filter(|_| !is_known) {
+                    Some(b'{') => {
+                        let (text, finish) = gather(to, bytes.into(), body).await?;
+                        relay.post(&completed(&text)).await?;
+                        return Ok((Reply::Done(finish), None));
+                    }
+                    Some(b'<') => return Err(protocol_error("it sent a page in place of an answer")),
+                    first => is_known |= first.is_some(),
+                }
                 events.push(&bytes);
             }
             // A body may end by the end of its connection: what has said no last word is not complete.
             Ok(None) | Err(_) => return Err(broken()),
         }
-        while let Some(event) = events.next().map_err(|_| protocol_error("a line of its answer does not end"))? {
+        while let Some(event) = events.next().map_err(|_| too_large(ANSWER_MOST))? {
+            if event.data.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
             let Event { kind, response } =
                 read(event.data).ok_or_else(|| protocol_error("an event of its answer is no JSON object"))?;
             let kind = kind.unwrap_or_default();
@@ -115,18 +117,45 @@ pub(super) async fn events(
                 return Err(refusal::by_object(said.get("error").filter(|error| error.is_object()).unwrap_or(&said)));
             }
             let text = written(&kind, event.data).ok_or_else(|| protocol_error("an event of its answer is not UTF-8"))?;
-            let token = Token { text, index, token_ids: TokenIds::new(), logprobs: None };
-            index += 1;
-            if !postbox.post_in_time(Delivery::Reply(Reply::Token(token))).await {
-                return Err(broken());
-            }
-            if matches!(&*kind, "response.completed" | "response.incomplete" | "response.failed" | "response.cancelled") {
-                let rest = (!body.is_end_stream()).then_some(body);
-                let usage = response.map(|response| response.usage).unwrap_or_default();
-                return Ok((Reply::Done(finish(&usage)), rest));
+            let outcome = || response.and_then(|response| serde_json::from_str(response.get()).ok()).unwrap_or_default();
+            match &*kind {
+                "response.created" | "response.queued" | "response.in_progress" if relay.keeps(&text) => {}
+                // Another server may do better.
+                "response.failed" if relay.index == 0 => {
+                    let Outcome { error, .. } = outcome();
+                    return Err(refusal::by_object(&error));
+                }
+                "response.completed" | "response.incomplete" | "response.failed" | "response.cancelled" => {
+                    relay.post(&text).await?;
+                    let Outcome { usage, .. } = outcome();
+                    let rest = (!body.is_end_stream()).then_some(body);
+                    return Ok((Reply::Done(finish(&usage)), rest));
+                }
+                _ => relay.post(&text).await?,
             }
         }
     }
+}
+
+/// The whole of an answer that begins so, and what it cost.
+async fn gather(to: RelayedTo, begin: Vec<u8>, body: Incoming) -> Result<(String, Finish), ControllerError> {
+    let mut bytes = begin;
+    if !collect(body, WHOLE_MOST, &mut bytes).await {
+        return Err(if bytes.len() >= WHOLE_MOST { too_large(WHOLE_MOST) } else { broken() });
+    }
+    let Whole { object, status, usage, error } = read(&bytes).ok_or_else(|| protocol_error("its answer is no JSON object"))?;
+    let is_answer = object.as_ref().is_some_and(|object| object != "error");
+    match error {
+        // LM Studio answers so wherever it has nothing.
+        Value::String(words) if !is_answer => return Err(ControllerError::no_endpoint(to.path(), Some(words))),
+        error if !error.is_null() && (!is_answer || status.is_some_and(|status| status == "failed")) => {
+            return Err(refusal::by_object(&error));
+        }
+        _ => {}
+    }
+    let finish = finish(&usage);
+    let text = String::from_utf8(bytes).map_err(|_| protocol_error("its answer is not UTF-8"))?;
+    Ok((text, finish))
 }
 
 /// An object; lists would be read as its fields in their order.
@@ -149,6 +178,14 @@ fn written(kind: &str, data: &[u8]) -> Option<String> {
     Some(text)
 }
 
+/// The only event of a stream whose server gave the answer in one piece.
+fn completed(response: &str) -> String {
+    let response: String = response.split(['\r', '\n']).collect();
+    format!(
+        "event: response.completed\ndata: {{\"type\":\"response.completed\",\"sequence_number\":0,\"response\":{response}}}\n\n"
+    )
+}
+
 /// What it cost: embeddings count in the first words, responses in the others.
 fn finish(usage: &Value) -> Finish {
     let count = |names: [&str; 2]| names.iter().find_map(|name| usage.pointer(name)?.as_u64()).unwrap_or(0);
@@ -158,4 +195,37 @@ fn finish(usage: &Value) -> Finish {
         cached_tokens: count(["/prompt_tokens_details/cached_tokens", "/input_tokens_details/cached_tokens"]),
     };
     Finish { usage, ..Finish::default() }
+}
+
+/// Nobody's failure, and no other server's answer would be shorter.
+fn too_large(most: usize) -> ControllerError {
+    let what = format!("the answer has more than {} MiB; ask for less at a time", most >> 20);
+    ControllerError::new(ControllerErrorCode::PayloadTooLarge, what)
+}
+
+// === impl Relay ===
+
+impl Relay<'_> {
+    /// Whether an event from before the answer is kept for later.
+    fn keeps(&mut self, event: &str) -> bool {
+        let keeps = self.index == 0 && self.preface.len() + event.len() <= PREFACE_MOST;
+        if keeps {
+            self.preface.push_str(event);
+        }
+        keeps
+    }
+
+    /// Posts an event, after those that were kept.
+    async fn post(&mut self, event: &str) -> Result<(), ControllerError> {
+        let text = std::mem::take(&mut self.preface) + event;
+        // A mailbox is bounded by the number of tokens in it.
+        self.size += text.len();
+        if self.size > ANSWER_MOST {
+            return Err(too_large(ANSWER_MOST));
+        }
+        let token = Token { text, index: self.index, token_ids: TokenIds::new(), logprobs: None };
+        self.index += 1;
+        // Nobody waits any more, or not for this.
+        if self.postbox.post_in_time(Delivery::Reply(Reply::Token(token))).await { Ok(()) } else { Err(broken()) }
+    }
 }

@@ -15,7 +15,7 @@ use crate::config::StaticWorker;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::wire::{RelayedTo, WorkerId};
 
-/// For so long a server is not asked for an endpoint that it said it has not; it may have been started anew since.
+/// For so long a server is not asked for an endpoint that it said it has not.
 const LACKS_FOR: Duration = Duration::from_secs(60);
 
 pub(super) struct Server {
@@ -24,10 +24,10 @@ pub(super) struct Server {
     pub(super) text: Uri,
     pub(super) models: Uri,
     pub(super) health: Uri,
-    /// Where requests go that it is asked in its own words; in the order of [`RelayedTo::ALL`].
-    relayed: [Uri; RelayedTo::ALL.len()],
-    /// When it said last that it has no such endpoint.
-    lacked: Mutex<[Option<Instant>; RelayedTo::ALL.len()]>,
+    embeddings: Uri,
+    responses: Uri,
+    /// What it said it has no endpoint for, by model, and when. No longer than its list of models, twice.
+    lacking: Mutex<Vec<(RelayedTo, String, Instant)>>,
     /// The bearer token that it wants.
     pub(super) key: Option<HeaderValue>,
     /// The server's own names of models that are called otherwise here.
@@ -78,8 +78,9 @@ impl Server {
             text: uri("/v1/completions")?,
             models: uri("/v1/models")?,
             health: uri("/health")?,
-            relayed: [uri(RelayedTo::Embeddings.path())?, uri(RelayedTo::Responses.path())?],
-            lacked: Mutex::default(),
+            embeddings: uri(RelayedTo::Embeddings.path())?,
+            responses: uri(RelayedTo::Responses.path())?,
+            lacking: Mutex::default(),
             key: config.api_key.as_ref().map(bearer).transpose()?,
             names: named.map(|(name, own)| (name.to_owned(), own.to_owned())).collect(),
             heard: AtomicBool::new(false),
@@ -96,19 +97,36 @@ impl Server {
 
     /// Where such a request goes.
     pub(super) fn relays(&self, to: RelayedTo) -> &Uri {
-        &self.relayed[to as usize]
+        match to {
+            RelayedTo::Embeddings => &self.embeddings,
+            RelayedTo::Responses => &self.responses,
+        }
     }
 
-    /// It said that it has no such endpoint.
-    pub(super) fn lacks(&self, to: RelayedTo) {
+    /// It said that it has no such endpoint for this model.
+    pub(super) fn lacks(&self, to: RelayedTo, model: &str) {
+        let now = Instant::now();
+        let mut lacking = self.lacking.lock();
+        lacking.retain(|(other, of, at)| now - *at < LACKS_FOR && (*other, &**of) != (to, model));
+        lacking.push((to, model.to_owned(), now));
+        drop(lacking);
         let worker_id = self.worker.as_str();
-        tracing::info!(worker_id, endpoint = to.path(), "the worker has no such endpoint");
-        self.lacked.lock()[to as usize] = Some(Instant::now());
+        tracing::info!(worker_id, endpoint = to.path(), model_id = model, "the worker has no such endpoint for this model");
     }
 
-    /// Whether it said so lately.
-    pub(super) fn is_lacking(&self, to: RelayedTo) -> bool {
-        self.lacked.lock()[to as usize].is_some_and(|at| at.elapsed() < LACKS_FOR)
+    /// It has it.
+    pub(super) fn has(&self, to: RelayedTo, model: &str) {
+        self.lacking.lock().retain(|(other, of, _)| (*other, &**of) != (to, model));
+    }
+
+    /// It may have been started anew, with anything.
+    pub(super) fn may_have_all(&self) {
+        self.lacking.lock().clear();
+    }
+
+    /// Whether it said lately that it has it not.
+    pub(super) fn is_lacking(&self, to: RelayedTo, model: &str) -> bool {
+        self.lacking.lock().iter().any(|(other, of, at)| (*other, &**of) == (to, model) && at.elapsed() < LACKS_FOR)
     }
 
     /// Something came from it.
@@ -171,5 +189,31 @@ impl Drop for Work {
         if *self.is_taken.get_mut() {
             self.server.working.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::expect_used)]
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_server_lacks_is_forgotten_in_time() {
+        let config = serde_json::from_str(r#"{"workerId": "a", "url": "http://127.0.0.1:1"}"#).expect("an entry");
+        let server = Server::new(&config, "").expect("a server");
+        server.lacks(RelayedTo::Embeddings, "m");
+        let lacks = |to, model| server.is_lacking(to, model);
+        assert!(lacks(RelayedTo::Embeddings, "m"));
+        assert!(!lacks(RelayedTo::Embeddings, "n") && !lacks(RelayedTo::Responses, "m"));
+        tokio::time::advance(LACKS_FOR).await;
+        assert!(!lacks(RelayedTo::Embeddings, "m"));
+        server.lacks(RelayedTo::Embeddings, "m");
+        assert_eq!(server.lacking.lock().len(), 1);
+        server.has(RelayedTo::Embeddings, "m");
+        assert!(!lacks(RelayedTo::Embeddings, "m"));
+        server.lacks(RelayedTo::Embeddings, "m");
+        server.may_have_all();
+        assert!(!lacks(RelayedTo::Embeddings, "m"));
     }
 }

@@ -4,12 +4,13 @@
 //! several `data` lines are one text; comments are nothing. It is kinder in one respect: what stands before the end of the
 //! body counts, whether or not an empty line follows. Pure; how much it keeps is bounded.
 
-/// The longest line, and the longest text of an event, in bytes.
+/// The longest line, and the longest text of an event, in bytes, where nothing else is said.
 const LONGEST: usize = 1 << 20;
 
 /// Takes bytes, gives events.
-#[derive(Default)]
 pub(super) struct Decoder {
+    /// The longest line, and the longest text of an event.
+    longest: usize,
     buffer: Vec<u8>,
     /// What has been read of the buffer.
     start: usize,
@@ -39,7 +40,29 @@ pub(super) struct TooLong;
 
 // === impl Decoder ===
 
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::with_longest(LONGEST)
+    }
+}
+
 impl Decoder {
+    /// One whose lines and events may have so many bytes.
+    pub(super) fn with_longest(longest: usize) -> Self {
+        Self {
+            longest,
+            buffer: Vec::new(),
+            start: 0,
+            scanned: 0,
+            after_return: false,
+            begun: false,
+            data: Vec::new(),
+            has_data: false,
+            is_error: false,
+            given: false,
+        }
+    }
+
     /// Takes what came. To be emptied with [`Self::next`] before more is given to it.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.buffer.drain(..self.start);
@@ -73,7 +96,7 @@ impl Decoder {
             let value = value.strip_prefix(b" ").unwrap_or(value);
             match &line[..colon] {
                 b"data" => {
-                    if self.data.len() + value.len() >= LONGEST {
+                    if self.data.len() + value.len() >= self.longest {
                         return Err(TooLong);
                     }
                     if std::mem::replace(&mut self.has_data, true) {
@@ -98,7 +121,7 @@ impl Decoder {
         let unread = &self.buffer[self.start..];
         let Some(length) = unread[self.scanned..].iter().position(|byte| matches!(byte, b'\n' | b'\r')) else {
             self.scanned = unread.len();
-            return if self.scanned > LONGEST { Err(TooLong) } else { Ok(None) };
+            return if self.scanned > self.longest { Err(TooLong) } else { Ok(None) };
         };
         let (mut from, to) = (self.start, self.start + self.scanned + length);
         self.after_return = self.buffer[to] == b'\r';
