@@ -42,6 +42,10 @@ pub(super) struct Call {
     failed: Vec<Failed>,
     /// Servers that have not what is asked for.
     lacking: Vec<WorkerId>,
+    /// Where the request belongs, if not to the session that it names.
+    session: Option<String>,
+    /// The budget knows of it.
+    is_counted: bool,
     first_worker: Option<WorkerId>,
     /// What each attempt met, for the error's context.
     met: Vec<Value>,
@@ -99,11 +103,12 @@ impl Call {
             started,
             asked: request.clone(),
             prompt: core.router.wants_prefixes().then(|| PrefixHashes::of(&request)),
-            request,
             fallbacks: 0,
             attempts: 0,
             failed: Vec::new(),
             lacking: Vec::new(),
+            session: choice::session(&request),
+            is_counted: false,
             first_worker: None,
             met: Vec::new(),
             last: None,
@@ -111,6 +116,7 @@ impl Call {
             unrecorded: 0,
             record,
             ended: false,
+            request,
         })
     }
 
@@ -151,18 +157,14 @@ impl Call {
         if error.code() == ControllerErrorCode::StreamInterrupted {
             return Err(self.abandoned(attempt, error));
         }
+        if error.lacks_endpoint() && self.options.worker_id.is_none() {
+            return self.withdraw(attempt, error);
+        }
         let now = Instant::now();
         let over = attempt.is_requests_own_end(&error, now);
         let error = self.attempt_failed(attempt, error);
         if self.options.worker_id.is_some() {
             return Err(self.give_up(error));
-        }
-        if error.lacks_endpoint() {
-            // It was a question, and no attempt: whoever may know better is asked, or the choice says why nobody is.
-            self.attempts -= 1;
-            self.lacking.extend(self.failed.pop().map(|failed| failed.worker));
-            self.last.get_or_insert(error);
-            return Ok(());
         }
         let next = self.core.next(&error, self.attempts);
         // Another model is another request: that a worker no longer serves the first one is not held against it.
@@ -315,8 +317,10 @@ impl Call {
         let now = Instant::now();
         self.attempts += 1;
         let worker = lease.worker_id().clone();
-        if self.attempts == 1 {
+        if !std::mem::replace(&mut self.is_counted, true) {
             self.core.budgets.lock().request(&self.request.model_id, now);
+        }
+        if self.attempts == 1 {
             self.first_worker = Some(worker.clone());
         }
         let left_out = lease.left_out(&self.query(&self.left_aside()), now);
@@ -346,6 +350,23 @@ impl Call {
         };
         let transport = self.core.transport(lease.carrier());
         Attempt::new(transport, lease, outgoing, timers, &self.core.cut, now)
+    }
+
+    /// A worker has not what is asked for: that was a question, and no attempt. Whoever may have it is asked next, or the choice
+    /// says why nobody is.
+    fn withdraw(&mut self, attempt: Attempt, error: ControllerError) -> Result<(), ControllerError> {
+        let now = Instant::now();
+        self.lacking.push(attempt.worker().clone());
+        self.core.metrics.dropped_replies(attempt.dropped());
+        attempt.fail(&error, now);
+        self.attempts -= 1;
+        self.record.attempt_withdrawn();
+        if now >= self.deadline.at {
+            let told = timeout(Limit::Total, "no time is left to ask another worker", self.deadline.span);
+            return Err(self.give_up(told.caused_by(error)));
+        }
+        self.last.get_or_insert(error);
+        Ok(())
     }
 
     /// Gives back what the attempt held, and notes what it met.

@@ -62,7 +62,12 @@ impl RelayedCall {
         let stream = to == RelayedTo::Responses && body::flag("stream", read.stream)?;
         // What was embedded before helps nothing that follows.
         let session_id = session(session_header, &read)?.filter(|_| to != RelayedTo::Embeddings);
-        let is_ours = |name: &str| matches!(name, "model" | "session_id") || name == "priority" && priority.is_some();
+        let is_ours = |name: &str| match name {
+            "model" | "session_id" => true,
+            "stream" => to == RelayedTo::Responses,
+            "priority" => priority.is_some(),
+            _ => false,
+        };
         let Members(members) = serde_json::from_slice(bytes)
             .map_err(|_| ControllerError::validation("body", "is no JSON object whose keys are texts"))?;
         let mut sent = Vec::with_capacity(bytes.len());

@@ -148,7 +148,7 @@ impl Router {
             };
             if let Some(mut lease) = claim(&model.workers[place], choice, panic, now) {
                 if let Some(session) = session {
-                    self.settle_session(session, bound, query.exclude, &mut lease, &fleet, now);
+                    self.settle_session(session, bound, query, &mut lease, &fleet, now);
                 }
                 self.will_teach(&mut lease, query);
                 return Ok(lease);
@@ -244,20 +244,22 @@ impl Router {
         }
     }
 
-    /// Binds the session, or leaves it where it is: a worker that was only skipped keeps it, one that failed loses it with
+    /// Binds the session, or leaves it where it is: a worker that was only skipped keeps it, one that failed, or cannot answer, loses it with
     /// the first success elsewhere, one that is gone loses it now.
     fn settle_session(
         &self,
         session: &str,
         bound: Option<Binding>,
-        exclude: &[WorkerId],
+        query: &Query<'_>,
         lease: &mut Lease,
         fleet: &Fleet,
         now: Instant,
     ) {
         match bound {
             Some(bound) if bound.life == lease.worker().life => {}
-            Some(bound) if exclude.contains(&bound.worker) => lease.moves_with_success(session, bound),
+            Some(bound) if query.exclude.contains(&bound.worker) || query.unable.contains(&bound.worker) => {
+                lease.moves_with_success(session, bound);
+            }
             Some(bound) if fleet.workers.get(&bound.worker).is_some_and(|worker| worker.keeps(&bound)) => {}
             bound => {
                 self.hub().sessions.lock().bind(session, lease.worker().binding(), now);

@@ -282,6 +282,15 @@ impl RequestRecord {
         self.live.state.lock().close_attempt(code, now);
     }
 
+    /// The running attempt was none: the worker had not what was asked for.
+    pub fn attempt_withdrawn(&self) {
+        let mut state = self.live.state.lock();
+        state.attempt = None;
+        let metadata = Arc::make_mut(&mut state.metadata);
+        metadata.attempts.pop();
+        metadata.selected_worker = metadata.attempts.last().map(|attempt| attempt.worker_id.clone());
+    }
+
     /// A token came; the first call counts.
     pub fn first_token(&self, now: Instant) {
         let since_start = now.saturating_duration_since(self.live.start);

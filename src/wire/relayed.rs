@@ -19,7 +19,7 @@ pub enum RelayedTo {
 pub struct Relayed {
     /// Where it goes.
     pub to: RelayedTo,
-    /// All members but the model, each with a comma before it.
+    /// All members but the model and whether a stream is wanted, each with a comma before it.
     pub members: Bytes,
 }
 
@@ -39,11 +39,12 @@ impl RelayedTo {
 // === impl Relayed ===
 
 impl Relayed {
-    /// The body for a server that calls the model `model`.
+    /// The body for a server that calls the model `model`. `stream`: the answer is wanted as it comes.
     #[must_use]
-    pub fn body(&self, model: &str) -> Vec<u8> {
+    pub fn body(&self, model: &str, stream: bool) -> Vec<u8> {
         let name = serde_json::Value::from(model).to_string();
-        [br#"{"model":"#, name.as_bytes(), &self.members, b"}"].concat()
+        let stream = if stream { r#","stream":true"# } else { "" };
+        [br#"{"model":"#, name.as_bytes(), &self.members, stream.as_bytes(), b"}"].concat()
     }
 }
 

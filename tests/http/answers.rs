@@ -36,6 +36,24 @@ async fn a_stream_is_passed_on_and_counted() {
 }
 
 #[tokio::test]
+async fn a_whole_answer_is_asked_for_as_one_where_the_server_watches_its_callers() {
+    for (name, stream) in [(None, false), (Some("uvicorn"), false), (Some("BaseHTTP/0.6 Python/3.11.7"), true)] {
+        let server = Server::start(&good(&["Hel", "lo"])).await;
+        server.now_looks(|looks| looks.name = name.map(str::to_owned));
+        let controller = alone(&server, json!({})).await;
+        // Whatever was asked for, an answer is read as what it is.
+        assert_eq!(buffered(&controller).await.unwrap().text, "Hello");
+        let asked = &server.asked()[0];
+        assert_eq!(asked.body["stream"], stream, "{name:?}");
+        assert_eq!(asked.body.get("stream_options").is_some(), stream);
+        let accept = if stream { "accept: text/event-stream" } else { "accept: application/json" };
+        assert!(asked.head.contains(accept), "{}", asked.head);
+        read(&mut streaming(&controller).await.unwrap()).await.unwrap();
+        assert_eq!(server.asked()[1].body["stream"], true);
+    }
+}
+
+#[tokio::test]
 async fn a_prompt_goes_to_the_text_api() {
     let text = |text: &str, reason: Value| event(&json!({"choices": [{"index": 0, "text": text, "finish_reason": reason}]}));
     let server = Server::start(&[

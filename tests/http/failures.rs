@@ -1,5 +1,7 @@
 //! Everything that a server can do wrong: each ends with its code, at its limit, and nothing is left behind.
 
+use std::time::Duration;
+
 use mlx_serving_router::dispatch::CallOptions;
 use mlx_serving_router::error::{ControllerError, ControllerErrorCode as Code};
 use mlx_serving_router::wire::InferenceRequest;
@@ -57,6 +59,16 @@ async fn a_kept_connection_that_turns_out_to_be_closed_is_nobodys_failure() {
         buffered(&controller).await.unwrap();
     }
     assert_eq!(server.asked().len(), 3);
+}
+
+#[tokio::test]
+async fn a_connection_that_ends_after_a_while_may_have_had_the_request() {
+    let server = Server::start(&good(&["a"])).await;
+    let controller = alone(&server, json!({})).await;
+    buffered(&controller).await.unwrap();
+    server.now_does(&[Act::Pause(Duration::from_millis(1_050))]);
+    assert_eq!(buffered(&controller).await.unwrap_err().code(), Code::WorkerUnavailable);
+    assert_eq!(server.asked().len(), 2);
 }
 
 #[tokio::test]

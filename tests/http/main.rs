@@ -19,6 +19,13 @@ use server::Server;
 /// A started controller of these workers, each a server and what else its entry says. Nobody is looked at more than once
 /// unless `more` says so.
 async fn controller(workers: &[(&str, &Server, Value)], more: Value) -> Controller {
+    let controller = started(workers, more).await;
+    controller.wait_for_workers(workers.len()).await.unwrap();
+    controller
+}
+
+/// The same, whoever is there.
+async fn started(workers: &[(&str, &Server, Value)], more: Value) -> Controller {
     let entries: Vec<Value> = workers
         .iter()
         .map(|(id, server, entry)| {
@@ -34,7 +41,6 @@ async fn controller(workers: &[(&str, &Server, Value)], more: Value) -> Controll
     let config = ClusterConfig::from_value(merged(config, &more)).unwrap();
     let controller = Controller::new(config, Some("c".into())).unwrap();
     controller.start(None).await.unwrap();
-    controller.wait_for_workers(workers.len()).await.unwrap();
     controller
 }
 

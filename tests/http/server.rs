@@ -45,6 +45,8 @@ pub struct Asked {
 pub struct Looks {
     pub health: Option<(u16, String)>,
     pub models: Option<(u16, String)>,
+    /// What it calls itself.
+    pub name: Option<String>,
 }
 
 #[derive(Debug)]
@@ -77,7 +79,7 @@ impl Server {
         let models = json!({"object": "list", "data": [{"id": "m", "object": "model"}]}).to_string();
         let shared = Arc::new(Shared {
             script: Mutex::new(script.to_vec()),
-            looks: Mutex::new(Looks { health: Some((200, "{}".into())), models: Some((200, models)) }),
+            looks: Mutex::new(Looks { health: Some((200, "{}".into())), models: Some((200, models)), name: None }),
             asked: watch::Sender::default(),
             connections: watch::Sender::default(),
             left: watch::Sender::default(),
@@ -160,7 +162,8 @@ async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
             gone(&mut stream).await;
             return;
         };
-        let answer = format!("HTTP/1.1 {status} as told\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        let name = looks.name.map(|name| format!("server: {name}\r\n")).unwrap_or_default();
+        let answer = format!("HTTP/1.1 {status} as told\r\n{name}content-length: {}\r\n\r\n{body}", body.len());
         if stream.write_all(answer.as_bytes()).await.is_err() {
             return;
         }

@@ -217,12 +217,12 @@ fn relayed(to: RelayedTo, body: &str) -> Result<RelayedCall, ControllerError> {
 
 #[test]
 fn a_relayed_body_goes_on_but_for_what_the_router_reads() {
-    let body = r#" {"é": "\u00e9", "model" : "a\"b" , "model ": 1.50, "input": [ "x"], "session_id": "s", "priority": "high", "user": "u"} "#;
+    let body = r#" {"é": "\u00e9", "model" : "a\"b" , "model ": 1.50, "input": [ "x"], "session_id": "s", "priority": "high", "stream": true, "user": "u"} "#;
     let call = relayed(RelayedTo::Responses, body).unwrap();
     let request = &call.request;
     assert_eq!((&*request.model_id, request.session_id.as_deref(), request.priority), ("a\"b", Some("s"), Priority::High));
-    let sent = request.relayed.as_ref().unwrap().body("c\"d");
-    let wanted = r#"{"model":"c\"d","é":"\u00e9","model ":1.50,"input":[ "x"],"user":"u"}"#;
+    let sent = request.relayed.as_ref().unwrap().body("c\"d", true);
+    let wanted = r#"{"model":"c\"d","é":"\u00e9","model ":1.50,"input":[ "x"],"user":"u","stream":true}"#;
     assert_eq!(String::from_utf8(sent).unwrap(), wanted);
     assert!(!format!("{request:?} {:?}", request.relayed).contains("input"));
 }
@@ -243,7 +243,7 @@ fn of_a_relayed_body_only_what_routing_needs_is_judged() {
     // Servers have a priority of their own, which is a number.
     let call = relayed(RelayedTo::Embeddings, r#"{"model": "m", "priority": 3}"#).unwrap();
     assert_eq!(call.request.priority, Priority::Normal);
-    assert_eq!(call.request.relayed.as_ref().unwrap().body("m"), br#"{"model":"m","priority":3}"#);
+    assert_eq!(call.request.relayed.as_ref().unwrap().body("m", false), br#"{"model":"m","priority":3}"#);
     assert!(relayed(RelayedTo::Embeddings, "[]").is_err() && relayed(RelayedTo::Embeddings, "{").is_err());
     // Embeddings are never streams, and have no session.
     let call = relayed(RelayedTo::Embeddings, r#"{"model": "m", "stream": "yes", "user": "u"}"#).unwrap();

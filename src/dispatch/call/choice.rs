@@ -81,7 +81,7 @@ impl Call {
     /// The line that this request stands in where it has to wait.
     fn line(&self) -> Cow<'_, str> {
         match (&self.options.worker_id, &self.request.relayed) {
-            (Some(id), _) => Cow::Owned(format!("@{id}")),
+            (Some(id), _) => Cow::Owned(format!("\n{id}")),
             // Not every worker of the model will do: those who want any go past.
             (None, Some(relayed)) => Cow::Owned(format!("{}\n{}", relayed.to.path(), self.request.model_id)),
             (None, None) => Cow::Borrowed(self.request.model_id.as_str()),
@@ -121,7 +121,7 @@ impl Call {
     pub(super) fn query<'a>(&'a self, aside: &'a LeftAside) -> Query<'a> {
         Query {
             model_id: &self.request.model_id,
-            session_id: self.request.session_id.as_deref(),
+            session_id: self.session.as_deref().or(self.request.session_id.as_deref()),
             exclude: &aside.tried,
             // Workers on NATS and those of this process have no words for it.
             carrier: self.request.relayed.as_ref().map(|_| Carrier::Http),
@@ -188,11 +188,17 @@ impl Call {
     }
 }
 
-/// What those who stand in a line want.
+/// The session of a relayed request: its server keeps what went before, and may be another one than that of the chats.
+pub(super) fn session(request: &InferenceRequest) -> Option<String> {
+    let (relayed, session) = (request.relayed.as_ref()?, request.session_id.as_ref()?);
+    Some(format!("{}\n{session}", relayed.to.path()))
+}
+
+/// What those who stand in a line want. No name of a model or worker has a line feed in it.
 fn wanted(line: &str) -> Wanted<'_> {
-    match (line.strip_prefix('@'), line.split_once('\n')) {
-        (Some(worker), _) => Wanted::Worker(worker),
-        (None, Some((_, model))) => Wanted::Model(model),
-        (None, None) => Wanted::Model(line),
+    match line.split_once('\n') {
+        Some(("", worker)) => Wanted::Worker(worker),
+        Some((_, model)) => Wanted::Model(model),
+        None => Wanted::Model(line),
     }
 }

@@ -18,6 +18,7 @@ use hyper_util::client::legacy::connect::{HttpConnector, HttpInfo};
 use hyper_util::client::legacy::{Builder, Client as Pool, Error, ResponseFuture};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use super::answer::protocol_error;
 use super::server::Work;
@@ -31,6 +32,8 @@ const IDLE_MOST: usize = 256;
 const IDLE_LONGEST: Duration = Duration::from_secs(4);
 /// How many connections a request is sent on at most, while each turns out to be closed.
 const TRIES: u32 = 4;
+/// A kept connection that was closed shows it at once; one that ends later may have had the request.
+const CLOSED_WITHIN: Duration = Duration::from_secs(1);
 /// So much of a head, or of a body that nobody reads, is kept at most.
 const BUFFER: usize = 128 * 1024;
 /// A connection whose other end has vanished is noticed after a minute: so long it is quiet, and then asked so often.
@@ -89,6 +92,7 @@ impl Client {
         let mut tries = TRIES;
         loop {
             tries -= 1;
+            let began = Instant::now();
             match self.send_once(request.clone()).await {
                 Ok(response) => {
                     if let Some(port) = port(response.extensions()) {
@@ -96,7 +100,7 @@ impl Client {
                     }
                     return Ok(response);
                 }
-                Err(error) if tries > 0 && self.was_kept(&error) => {}
+                Err(error) if tries > 0 && self.was_kept(&error) && began.elapsed() < CLOSED_WITHIN => {}
                 Err(error) => return Err(error),
             }
         }

@@ -23,7 +23,7 @@ use super::server::{Server, Work};
 use super::sse::Decoder;
 use crate::error::{ControllerError, ControllerErrorCode};
 use crate::transport::{Delivery, Outgoing, Postbox};
-use crate::wire::Reply;
+use crate::wire::{ANSWER_MOST, Reply};
 
 /// How long a server may take for its counts and its end after the answer is complete.
 const AFTER_FINISH: Duration = Duration::from_secs(2);
@@ -33,8 +33,6 @@ const DRAIN_MOST: usize = 64 * 1024;
 /// How long the words of a refusal are waited for, and how many of them are read.
 const WORDS_LONGEST: Duration = Duration::from_secs(2);
 pub(super) const WORDS_MOST: usize = 64 * 1024;
-/// The longest answer in one piece.
-const WHOLE_MOST: usize = 8 * 1024 * 1024;
 /// A trace context has 55 characters in its first version, and may have more in later ones.
 const TRACEPARENT_LONGEST: usize = 256;
 /// What a server may know us by.
@@ -95,6 +93,7 @@ async fn answer(
     let uri = request.uri().clone();
     let response = client.send(request).await.map_err(|error| client.failure(&error, &uri))?;
     server.heard();
+    server.is_known_by(response.headers());
     if response.status() != StatusCode::OK {
         let (head, body) = response.into_parts();
         let mut words = Vec::new();
@@ -116,18 +115,18 @@ async fn answer(
 fn build(server: &Server, work: &Arc<Work>, outgoing: &Outgoing, postbox: &Postbox) -> Result<Request<Payload>, ControllerError> {
     let asked = &outgoing.request;
     let own_name = server.own_name(&asked.model_id);
+    let stream = asked.stream || asked.relayed.is_none() && server.notices_late();
     let (uri, body) = match &asked.relayed {
-        Some(relayed) => (server.relays(relayed.to), relayed.body(own_name)),
-        None if asked.messages.is_some() => (&server.chat, request::body(asked, own_name)?),
-        None => (&server.text, request::body(asked, own_name)?),
+        Some(relayed) => (server.relays(relayed.to), relayed.body(own_name, stream)),
+        None if asked.messages.is_some() => (&server.chat, request::body(asked, own_name, stream)?),
+        None => (&server.text, request::body(asked, own_name, stream)?),
     };
-    let is_whole = asked.relayed.is_some() && !asked.stream;
     let mut request = Request::new(Payload::new(body, postbox.clone(), work.clone()));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = uri.clone();
     let headers = request.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(ACCEPT, HeaderValue::from_static(if is_whole { "application/json" } else { "text/event-stream" }));
+    headers.insert(ACCEPT, HeaderValue::from_static(if stream { "text/event-stream" } else { "application/json" }));
     headers.insert(USER_AGENT, AGENT);
     if let Some(key) = &server.key {
         headers.insert(AUTHORIZATION, key.clone());
@@ -228,7 +227,7 @@ pub(super) async fn data(body: &mut Incoming) -> Result<Option<Bytes>, hyper::Er
 /// The whole of a body that begins so.
 async fn whole(begin: Bytes, body: Incoming) -> Result<Vec<u8>, ControllerError> {
     let mut bytes = Vec::from(begin);
-    if !collect(body, WHOLE_MOST, &mut bytes).await {
+    if !collect(body, ANSWER_MOST, &mut bytes).await {
         return Err(broken());
     }
     Ok(bytes)

@@ -122,6 +122,7 @@ impl HttpTransport {
             if is_our_lack(&error) { Absence::Unknown(why) } else { Absence::Unfit(why) }
         })?;
         let status = response.status();
+        server.is_known_by(response.headers());
         let mut body = Vec::new();
         collect(response.into_body(), most, &mut body).await;
         Ok((status, body))

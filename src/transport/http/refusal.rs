@@ -72,10 +72,7 @@ pub(super) fn of_endpoint(
 
 /// Whether a 404 is about something that the request names, such as a response that it was to follow.
 fn is_of_request(error: &Value) -> bool {
-    let text = |key: &str| error.get(key).and_then(Value::as_str);
-    let is_about_other = text("param").is_some_and(|param| param != "model");
-    let is_invalid = by_name(error) == Some(ControllerErrorCode::RequestValidationFailed);
-    !is_model_missing(error) && text("code") != Some("unknown_url") && (is_about_other || is_invalid)
+    error.get("param").and_then(Value::as_str).is_some_and(|param| param != "model")
 }
 
 /// The error of an error object within a stream, or in place of an answer.

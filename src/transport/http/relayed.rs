@@ -58,6 +58,14 @@ struct Outcome {
     error: Value,
 }
 
+/// An answer that came in one piece.
+struct Gathered {
+    text: String,
+    finish: Finish,
+    /// The event that it would end with as a stream.
+    end: &'static str,
+}
+
 /// A stream on its way to its reader.
 struct Relay<'a> {
     postbox: &'a Postbox,
@@ -71,7 +79,7 @@ struct Relay<'a> {
 
 /// Reads an answer in one piece.
 pub(super) async fn whole(to: RelayedTo, response: Response<Incoming>) -> Result<Reply, ControllerError> {
-    let (text, finish) = gather(to, Vec::new(), response.into_body()).await?;
+    let Gathered { text, finish, .. } = gather(to, Vec::new(), response.into_body()).await?;
     Ok(Reply::Response { text, finish, logprobs: None })
 }
 
@@ -86,24 +94,27 @@ pub(super) async fn events(
     // The last event repeats the whole answer.
     let mut events = Decoder::with_longest(ANSWER_MOST);
     let mut relay = Relay { postbox, index: 0, size: 0, preface: String::new() };
-    let mut is_known = false;
+    let (mut is_known, mut is_over) = (false, false);
     loop {
         match data(&mut body).await {
             Ok(Some(bytes)) => {
                 server.heard();
                 match bytes.iter().find(|byte| !byte.is_ascii_whitespace()).filter(|_| !is_known) {
                     Some(b'{') => {
-                        let (text, finish) = gather(to, bytes.into(), body).await?;
-                        relay.post(&completed(&text)).await?;
-                        return Ok((Reply::Done(finish), None));
+                        let whole = gather(to, bytes.into(), body).await?;
+                        relay.post(&only_event(&whole)).await?;
+                        return Ok((Reply::Done(whole.finish), None));
                     }
                     Some(b'<') => return Err(protocol_error("it sent a page in place of an answer")),
                     first => is_known |= first.is_some(),
                 }
                 events.push(&bytes);
             }
-            // A body may end by the end of its connection: what has said no last word is not complete.
-            Ok(None) | Err(_) => return Err(broken()),
+            Ok(None) => {
+                is_over = true;
+                events.end();
+            }
+            Err(_) => return Err(broken()),
         }
         while let Some(event) = events.next().map_err(|_| too_large(ANSWER_MOST))? {
             if event.data.iter().all(u8::is_ascii_whitespace) {
@@ -134,11 +145,15 @@ pub(super) async fn events(
                 _ => relay.post(&text).await?,
             }
         }
+        // A body may end by the end of its connection: what has said no last word is not complete.
+        if is_over {
+            return Err(broken());
+        }
     }
 }
 
 /// The whole of an answer that begins so, and what it cost.
-async fn gather(to: RelayedTo, begin: Vec<u8>, body: Incoming) -> Result<(String, Finish), ControllerError> {
+async fn gather(to: RelayedTo, begin: Vec<u8>, body: Incoming) -> Result<Gathered, ControllerError> {
     let mut bytes = begin;
     if !collect(body, WHOLE_MOST, &mut bytes).await {
         return Err(if bytes.len() >= WHOLE_MOST { too_large(WHOLE_MOST) } else { broken() });
@@ -148,14 +163,20 @@ async fn gather(to: RelayedTo, begin: Vec<u8>, body: Incoming) -> Result<(String
     match error {
         // LM Studio answers so wherever it has nothing.
         Value::String(words) if !is_answer => return Err(ControllerError::no_endpoint(to.path(), Some(words))),
-        error if !error.is_null() && (!is_answer || status.is_some_and(|status| status == "failed")) => {
+        error if !error.is_null() && (!is_answer || status.as_ref().is_some_and(|status| status == "failed")) => {
             return Err(refusal::by_object(&error));
         }
         _ => {}
     }
     let finish = finish(&usage);
+    let end = match status.as_deref() {
+        Some("incomplete") => "response.incomplete",
+        Some("failed") => "response.failed",
+        Some("cancelled") => "response.cancelled",
+        _ => "response.completed",
+    };
     let text = String::from_utf8(bytes).map_err(|_| protocol_error("its answer is not UTF-8"))?;
-    Ok((text, finish))
+    Ok(Gathered { text, finish, end })
 }
 
 /// An object; lists would be read as its fields in their order.
@@ -179,11 +200,9 @@ fn written(kind: &str, data: &[u8]) -> Option<String> {
 }
 
 /// The only event of a stream whose server gave the answer in one piece.
-fn completed(response: &str) -> String {
-    let response: String = response.split(['\r', '\n']).collect();
-    format!(
-        "event: response.completed\ndata: {{\"type\":\"response.completed\",\"sequence_number\":0,\"response\":{response}}}\n\n"
-    )
+fn only_event(whole: &Gathered) -> String {
+    let (end, response) = (whole.end, whole.text.split(['\r', '\n']).collect::<String>());
+    format!("event: {end}\ndata: {{\"type\":\"{end}\",\"sequence_number\":0,\"response\":{response}}}\n\n")
 }
 
 /// What it cost: embeddings count in the first words, responses in the others.

@@ -1,7 +1,6 @@
 //! A request of ours in the words of the OpenAI API.
 //!
-//! Answers are always wanted as a stream: so the four limits mean the same as for every other worker, and one that is not
-//! wanted any more ends with its connection. What is not set is left out, for the server to decide.
+//! What is not set is left out, for the server to decide.
 
 use serde::Serialize;
 
@@ -49,7 +48,8 @@ struct Body<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     response_format: Option<&'a Json>,
     stream: bool,
-    stream_options: StreamOptions,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stream_options: Option<StreamOptions>,
 }
 
 /// Of the chat API whether, of the text API how many.
@@ -65,11 +65,11 @@ struct StreamOptions {
     include_usage: bool,
 }
 
-/// Writes the body for a server that calls the model `model`.
+/// Writes the body for a server that calls the model `model`. `stream`: the answer is wanted as it comes.
 ///
 /// # Errors
 /// INTERNAL_ERROR: it cannot be written.
-pub(super) fn body(request: &InferenceRequest, model: &str) -> Result<Vec<u8>, ControllerError> {
+pub(super) fn body(request: &InferenceRequest, model: &str, stream: bool) -> Result<Vec<u8>, ControllerError> {
     let is_chat = request.messages.is_some();
     let set = |json: &'_ Option<Json>| json.as_ref().is_some_and(|json| !matches!(json.text(), "null" | "[]"));
     let tools = request.tools.as_ref().filter(|_| set(&request.tools));
@@ -94,8 +94,8 @@ pub(super) fn body(request: &InferenceRequest, model: &str) -> Result<Vec<u8>, C
         // Servers refuse a choice among nothing.
         tool_choice: request.tool_choice.as_ref().filter(|_| tools.is_some() && set(&request.tool_choice)),
         response_format: request.response_format.as_ref().filter(|_| set(&request.response_format)),
-        stream: true,
-        stream_options: StreamOptions { include_usage: true },
+        stream,
+        stream_options: stream.then_some(StreamOptions { include_usage: true }),
     };
     serde_json::to_vec(&body)
         .map_err(|error| ControllerError::new(ControllerErrorCode::InternalError, format!("cannot encode the request: {error}")))
@@ -111,7 +111,7 @@ mod tests {
 
     fn written(request: Value) -> Value {
         let request: InferenceRequest = serde_json::from_value(request).expect("a request");
-        serde_json::from_slice(&body(&request, "theirs").expect("a body")).expect("JSON")
+        serde_json::from_slice(&body(&request, "theirs", true).expect("a body")).expect("JSON")
     }
 
     #[test]
@@ -124,6 +124,13 @@ mod tests {
         let text = written(json!({"requestId": "r", "modelId": "ours", "prompt": "Once"}));
         assert_eq!(text["prompt"], "Once");
         assert!(text.get("messages").is_none());
+    }
+
+    #[test]
+    fn an_answer_may_be_wanted_in_one_piece() {
+        let request = serde_json::from_value(json!({"requestId": "r", "modelId": "ours", "prompt": "Once"})).expect("a request");
+        let sent: Value = serde_json::from_slice(&body(&request, "theirs", false).expect("a body")).expect("JSON");
+        assert_eq!(sent, json!({"model": "theirs", "prompt": "Once", "stream": false}));
     }
 
     #[test]

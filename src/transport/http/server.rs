@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hyper::Uri;
-use hyper::header::HeaderValue;
+use hyper::header::{HeaderMap, HeaderValue, SERVER};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -26,12 +26,14 @@ pub(super) struct Server {
     pub(super) health: Uri,
     embeddings: Uri,
     responses: Uri,
-    /// What it said it has no endpoint for, by model, and when. No longer than its list of models, twice.
-    lacking: Mutex<Vec<(RelayedTo, String, Instant)>>,
+    /// What is known of endpoints that it may have or not. No longer than its list of models, twice.
+    known: Mutex<Vec<Known>>,
     /// The bearer token that it wants.
     pub(super) key: Option<HeaderValue>,
     /// The server's own names of models that are called otherwise here.
     names: BTreeMap<String, String>,
+    /// It notices only when it writes that a caller has left.
+    notices_late: AtomicBool,
     /// Something came from it since it was looked at last.
     heard: AtomicBool,
     /// Attempts that it has taken and that still run.
@@ -40,6 +42,16 @@ pub(super) struct Server {
     key_refused: AtomicU64,
     /// Something is wrong with it: it is to be looked at soon.
     doubt: Notify,
+}
+
+/// An endpoint of a server, for one model.
+struct Known {
+    to: RelayedTo,
+    model: String,
+    /// It has answered there in this life.
+    has: bool,
+    /// When it said that there is none.
+    lacks_since: Option<Instant>,
 }
 
 /// An attempt, which is its server's work from when its request is on its way until nothing is left of it.
@@ -80,9 +92,10 @@ impl Server {
             health: uri("/health")?,
             embeddings: uri(RelayedTo::Embeddings.path())?,
             responses: uri(RelayedTo::Responses.path())?,
-            lacking: Mutex::default(),
+            known: Mutex::default(),
             key: config.api_key.as_ref().map(bearer).transpose()?,
             names: named.map(|(name, own)| (name.to_owned(), own.to_owned())).collect(),
+            notices_late: AtomicBool::new(true),
             heard: AtomicBool::new(false),
             working: AtomicUsize::new(0),
             key_refused: AtomicU64::new(0),
@@ -103,30 +116,58 @@ impl Server {
         }
     }
 
-    /// It said that it has no such endpoint for this model.
+    /// It said that it has no such endpoint for this model. Of one that has answered there before, it is about something else.
     pub(super) fn lacks(&self, to: RelayedTo, model: &str) {
-        let now = Instant::now();
-        let mut lacking = self.lacking.lock();
-        lacking.retain(|(other, of, at)| now - *at < LACKS_FOR && (*other, &**of) != (to, model));
-        lacking.push((to, model.to_owned(), now));
-        drop(lacking);
-        let worker_id = self.worker.as_str();
-        tracing::info!(worker_id, endpoint = to.path(), model_id = model, "the worker has no such endpoint for this model");
+        let is_news = self.note_endpoint(to, model, |known| {
+            let is_news = !known.has && !known.is_lacking();
+            known.lacks_since = Some(Instant::now()).filter(|_| !known.has);
+            is_news
+        });
+        if is_news {
+            let worker_id = self.worker.as_str();
+            tracing::info!(worker_id, endpoint = to.path(), model_id = model, "the worker has no such endpoint for this model");
+        }
     }
 
     /// It has it.
     pub(super) fn has(&self, to: RelayedTo, model: &str) {
-        self.lacking.lock().retain(|(other, of, _)| (*other, &**of) != (to, model));
+        self.note_endpoint(to, model, |known| (known.has, known.lacks_since) = (true, None));
+    }
+
+    fn note_endpoint<T>(&self, to: RelayedTo, model: &str, note: impl FnOnce(&mut Known) -> T) -> T {
+        let mut all = self.known.lock();
+        let place = all.iter().position(|known| known.is_of(to, model)).unwrap_or_else(|| {
+            // What time has made worthless goes first.
+            all.retain(|known| known.has || known.is_lacking());
+            all.push(Known { to, model: model.to_owned(), has: false, lacks_since: None });
+            all.len() - 1
+        });
+        note(&mut all[place])
     }
 
     /// It may have been started anew, with anything.
     pub(super) fn may_have_all(&self) {
-        self.lacking.lock().clear();
+        self.known.lock().clear();
     }
 
     /// Whether it said lately that it has it not.
     pub(super) fn is_lacking(&self, to: RelayedTo, model: &str) -> bool {
-        self.lacking.lock().iter().any(|(other, of, at)| (*other, &**of) == (to, model) && at.elapsed() < LACKS_FOR)
+        self.known.lock().iter().any(|known| known.is_of(to, model) && known.is_lacking())
+    }
+
+    /// Whether an answer is to be asked for as a stream, be it wanted in one piece: so that its work ends when nobody wants it any
+    /// more. That is so with Python's own `http.server`, which `mlx_lm.server` is made of. Others watch their connections.
+    pub(super) fn notices_late(&self) -> bool {
+        self.notices_late.load(Ordering::Relaxed)
+    }
+
+    /// Its answers begin with these headers.
+    pub(super) fn is_known_by(&self, headers: &HeaderMap) {
+        let name = headers.get(SERVER).map_or(&b""[..], HeaderValue::as_bytes);
+        let late = name.starts_with(b"BaseHTTP/") || name.starts_with(b"SimpleHTTP/");
+        if self.notices_late() != late {
+            self.notices_late.store(late, Ordering::Relaxed);
+        }
     }
 
     /// Something came from it.
@@ -166,6 +207,18 @@ impl Server {
     /// Returns when an attempt met something that makes a look at the server worth while.
     pub(super) async fn doubted(&self) {
         self.doubt.notified().await;
+    }
+}
+
+// === impl Known ===
+
+impl Known {
+    fn is_of(&self, to: RelayedTo, model: &str) -> bool {
+        self.to == to && self.model == model
+    }
+
+    fn is_lacking(&self) -> bool {
+        self.lacks_since.is_some_and(|since| since.elapsed() < LACKS_FOR)
     }
 }
 
@@ -209,11 +262,14 @@ mod tests {
         tokio::time::advance(LACKS_FOR).await;
         assert!(!lacks(RelayedTo::Embeddings, "m"));
         server.lacks(RelayedTo::Embeddings, "m");
-        assert_eq!(server.lacking.lock().len(), 1);
+        assert_eq!(server.known.lock().len(), 1);
         server.has(RelayedTo::Embeddings, "m");
         assert!(!lacks(RelayedTo::Embeddings, "m"));
+        // It has answered there.
         server.lacks(RelayedTo::Embeddings, "m");
-        server.may_have_all();
         assert!(!lacks(RelayedTo::Embeddings, "m"));
+        server.may_have_all();
+        server.lacks(RelayedTo::Embeddings, "m");
+        assert!(lacks(RelayedTo::Embeddings, "m"));
     }
 }
