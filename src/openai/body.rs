@@ -115,21 +115,16 @@ pub(super) fn flag(name: &str, raw: Raw<'_>) -> Result<bool, ControllerError> {
 
 /// An object, passed on as it is.
 pub(super) fn object(name: &str, raw: Raw<'_>) -> Result<Option<Json>, ControllerError> {
-    raw.map(|raw| if starts_with(raw, b'{') { pass(name, raw) } else { Err(unsuitable(name, raw, "an object")) }).transpose()
+    raw.map(|raw| if starts_with(raw, b'{') { Ok(raw.into()) } else { Err(unsuitable(name, raw, "an object")) }).transpose()
 }
 
 /// A list that is not empty, passed on as it is.
 pub(super) fn list(name: &str, raw: Raw<'_>) -> Result<Option<Json>, ControllerError> {
     match raw {
         Some(raw) if !starts_with(raw, b'[') => Err(unsuitable(name, raw, "a list")),
-        Some(raw) if !raw.get()[1..].trim_start().starts_with(']') => pass(name, raw).map(Some),
+        Some(raw) if !raw.get()[1..].trim_start().starts_with(']') => Ok(Some(raw.into())),
         _ => Ok(None),
     }
-}
-
-/// Any value, passed on as it is.
-pub(super) fn pass(name: &str, raw: &RawValue) -> Result<Json, ControllerError> {
-    Json::from_text(raw.get().to_owned()).map_err(|_| unsuitable(name, raw, "JSON"))
 }
 
 /// A text or a list of texts.

@@ -8,7 +8,7 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-use super::body::{pass, starts_with, unsuitable};
+use super::body::{starts_with, unsuitable};
 use crate::error::ControllerError;
 use crate::wire::Json;
 
@@ -47,7 +47,7 @@ pub(super) fn read(raw: &RawValue) -> Result<Json, ControllerError> {
             }
         }
     }
-    if joined { Json::from_value(&messages).map_err(|_| unsuitable("messages", raw, "a list")) } else { pass("messages", raw) }
+    if joined { Json::from_value(&messages).map_err(|_| unsuitable("messages", raw, "a list")) } else { Ok(raw.into()) }
 }
 
 fn join(name: &str, content: &RawValue) -> Result<String, ControllerError> {

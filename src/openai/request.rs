@@ -184,7 +184,7 @@ fn logprobs(endpoint: Endpoint, body: &Body<'_>) -> Result<Option<i64>, Controll
 
 fn tool_choice(raw: Raw<'_>) -> Result<Option<crate::wire::Json>, ControllerError> {
     match raw {
-        Some(raw) if body::starts_with(raw, b'"') || body::starts_with(raw, b'{') => body::pass("tool_choice", raw).map(Some),
+        Some(raw) if body::starts_with(raw, b'"') || body::starts_with(raw, b'{') => Ok(Some(raw.into())),
         Some(raw) => Err(body::unsuitable("tool_choice", raw, "a text or an object")),
         None => Ok(None),
     }

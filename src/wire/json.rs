@@ -45,6 +45,13 @@ impl Json {
     }
 }
 
+/// Was looked at when it was read: a conversation of megabytes is not looked at again.
+impl From<&RawValue> for Json {
+    fn from(raw: &RawValue) -> Self {
+        Self(raw.to_owned().into())
+    }
+}
+
 /// Says the size alone: prompts are never printed.
 impl fmt::Debug for Json {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
