@@ -1,7 +1,8 @@
 """The front-ends that the clients meet: prints their URLs, and ends with its standard input.
 
 Each worker is named after what it does, and serves a model of its name. The second front-end gives signs of life at
-every opportunity; it has the worker that is late, and no other.
+every opportunity; it has the worker that is late, and no other. The first one has a server over HTTP, too, which
+serves `inner`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -19,8 +21,13 @@ from mlx_serving_router import ControllerError, ControllerNode
 from mlx_serving_router.fastapi import create_app
 from mlx_serving_router.testing import ScriptedWorker, answer
 
+sys.path.append(str(Path(__file__).parents[1] / "python"))
+from upstream import Upstream
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from fastapi import FastAPI
 
     from mlx_serving_router import InferenceRequest
 
@@ -88,7 +95,9 @@ class Busy:
 
 
 def main() -> None:
-    controller = ControllerNode(CONFIG)
+    upstream = _Front(Upstream().app)
+    static = [{"workerId": "upstream", "url": upstream.url, "models": ["inner"]}]
+    controller = ControllerNode({**CONFIG, "workers": {"static": static}})
     for handler in (tiny, echo, refuses, breaks, babbles, Busy().busy):
         controller.add_local_worker(handler, worker_id=handler.__name__, models=[handler.__name__])
     for number in range(4):
@@ -97,21 +106,21 @@ def main() -> None:
     lively.add_local_worker(late, models=["late"])
     calls = answer("", tool_calls=TOOL_CALLS, finish_reason="tool_calls")
     with ScriptedWorker(calls, controller=controller, models=["calls"]):
-        fronts = [_Front(controller), _Front(lively)]
+        fronts = [_Front(create_app(controller=node)) for node in (controller, lively)]
         print(*(front.url for front in fronts), flush=True)
         sys.stdin.read()
-        for front in fronts:
+        for front in (*fronts, upstream):
             front.end()
 
 
 class _Front:
-    """A front-end in a thread."""
+    """A front-end, or what stands behind one, in a thread."""
 
-    def __init__(self, controller: ControllerNode) -> None:
+    def __init__(self, app: FastAPI) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         settings: dict[str, Any] = {"log_level": "warning", "ws": "none", "timeout_graceful_shutdown": 1}
-        self._server = uvicorn.Server(uvicorn.Config(create_app(controller=controller), **settings))
+        self._server = uvicorn.Server(uvicorn.Config(app, **settings))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]})
         self._thread.start()
 

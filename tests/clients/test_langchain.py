@@ -9,7 +9,7 @@ import openai
 import pytest
 from front import KEY, LIVELY, TOOLS, URL, cancelled, requests_of, session
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
 
 def chat(model: str, **more: Any) -> ChatOpenAI:
@@ -35,6 +35,14 @@ def test_answers() -> None:
     assert streamed.response_metadata["finish_reason"] == "stop"
     assert streamed.usage_metadata["output_tokens"] == 3
     assert gathered(chat("late", base_url=f"{LIVELY}/v1").stream("Hello")).content == "Hello, world"
+
+
+def test_what_a_server_over_http_has() -> None:
+    options: dict[str, Any] = {"api_key": KEY, "base_url": f"{URL}/v1", "check_embedding_ctx_length": False}
+    assert OpenAIEmbeddings(model="inner", **options).embed_documents(["Hello"]) == [[1.0, 2.0]]
+    responding = chat("inner", use_responses_api=True)
+    assert responding.invoke("Hello").text == "Hello"
+    assert gathered(responding.stream("Hello")).text == "Hello"
 
 
 def test_tools() -> None:

@@ -31,6 +31,14 @@ def test_answers() -> None:
     assert text(complete("late", stream=True, api_base=f"{LIVELY}/v1")) == "Hello, world"
 
 
+def test_what_a_server_over_http_has() -> None:
+    options: dict[str, Any] = {"api_key": KEY, "api_base": f"{URL}/v1"}
+    vectors = litellm.embedding(model="openai/inner", input=["Hello"], encoding_format="float", **options)
+    assert vectors.data[0]["embedding"] == [1.0, 2.0]
+    response = litellm.responses(model="openai/inner", input="Hello", **options)
+    assert response.output[0].content[0].text == "Hello"
+
+
 def test_tools() -> None:
     calls = complete("calls", tools=TOOLS).choices[0].message.tool_calls
     assert [(call.function.name, call.function.arguments) for call in calls] == [

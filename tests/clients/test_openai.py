@@ -42,6 +42,21 @@ def test_answers(client: OpenAI) -> None:
     assert "tiny" in [model.id for model in client.models.list()]
 
 
+def test_what_a_server_over_http_has(client: OpenAI) -> None:
+    # It is found a moment after the start: the client comes again.
+    patient = client.with_options(max_retries=5)
+    vectors = patient.embeddings.create(model="inner", input=["Hello", "world"])
+    assert [one.embedding for one in vectors.data] == [[1.0, 2.0], [1.0, 2.0]]
+    assert client.responses.create(model="inner", input="Hello").output_text == "Hello"
+    with client.responses.stream(model="inner", input="Hello") as stream:
+        assert stream.get_final_response().output_text == "Hello"
+    for create in (client.embeddings.create, client.responses.create):
+        with pytest.raises(openai.NotFoundError):
+            create(model="tiny", input="Hello")
+    with pytest.raises(openai.APIError):
+        list(client.responses.create(model="inner", input="break", stream=True))
+
+
 def test_signs_of_life_are_skipped(client: OpenAI) -> None:
     with client.with_options(base_url=f"{LIVELY}/v1") as lively:
         assert text(streamed(lively, "late")) == "Hello, world"

@@ -2,120 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
-from fastapi import FastAPI, Request
 from openai import OpenAI
-from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from mlx_serving_router import ControllerNode
 from mlx_serving_router.fastapi import create_app
 from serving import PATIENCE, serve
+from upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-RESPONSE = {
-    "id": "resp_1",
-    "object": "response",
-    "created_at": 1,
-    "model": "inner",
-    "status": "completed",
-    "output": [
-        {
-            "type": "message",
-            "id": "msg_1",
-            "role": "assistant",
-            "status": "completed",
-            "content": [{"type": "output_text", "text": "Hello", "annotations": []}],
-        }
-    ],
-    "parallel_tool_calls": False,
-    "tool_choice": "auto",
-    "tools": [],
-    "usage": {
-        "input_tokens": 3,
-        "input_tokens_details": {"cached_tokens": 1},
-        "output_tokens": 1,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": 4,
-    },
-}
-
-
-class Upstream:
-    """A server with embeddings and responses.
-
-    Attributes:
-        asked: The bodies that came.
-        left: A client left in mid-stream.
-        goes_on: Lets a stream that is late go on.
-    """
-
-    def __init__(self) -> None:
-        """Make its application."""
-        self.asked: list[dict[str, Any]] = []
-        self.left = threading.Event()
-        self.goes_on = threading.Event()
-        self.app = FastAPI()
-        self.app.get("/health")(self.health)
-        self.app.post("/v1/embeddings")(self.embeddings)
-        self.app.post("/v1/responses")(self.responses)
-
-    async def health(self) -> dict[str, str]:
-        """It is well."""
-        return {}
-
-    async def embeddings(self, request: Request) -> Response:
-        """Vectors of two numbers, as the client wants them."""
-        body = await request.json()
-        self.asked.append(body)
-        if body["input"] == "wrong":
-            return JSONResponse(
-                {"error": {"message": "cannot embed that", "type": "invalid_request_error"}}, 400
-            )
-        data = [
-            {"object": "embedding", "index": index, "embedding": "AACAPwAAAEA="}
-            for index, _ in enumerate(body["input"])
-        ]
-        usage = {"prompt_tokens": 7, "total_tokens": 7}
-        return JSONResponse({"object": "list", "data": data, "model": body["model"], "usage": usage})
-
-    async def responses(self, request: Request) -> Response:
-        """A greeting, in one piece or as it comes."""
-        body = await request.json()
-        self.asked.append(body)
-        if not body.get("stream"):
-            return JSONResponse(RESPONSE)
-        return StreamingResponse(self._events(body["input"]), media_type="text/event-stream")
-
-    async def _events(self, what: str) -> AsyncIterator[str]:
-        created = {**RESPONSE, "status": "in_progress", "output": [], "usage": None}
-        yield _event("response.created", 0, response=created)
-        if what == "late":
-            await asyncio.to_thread(self.goes_on.wait, PATIENCE)
-            return
-        delta = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": "Hello"}
-        yield _event("response.output_text.delta", 1, **delta)
-        if what == "break":
-            return
-        if what == "stall":
-            try:
-                await asyncio.sleep(PATIENCE)
-            finally:
-                self.left.set()
-        yield _event("response.completed", 2, response=RESPONSE)
-
-
-def _event(kind: str, number: int, **more: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, 'sequence_number': number, **more})}\n\n"
+    from collections.abc import Iterator
 
 
 @contextmanager
@@ -185,12 +87,11 @@ def test_a_response_is_the_servers(client: OpenAI, upstream: Upstream) -> None:
 
 def test_events_come_as_they_are(client: OpenAI) -> None:
     events = list(client.responses.create(model="outer", input="Hi", stream=True))
-    assert [event.type for event in events] == [
-        "response.created",
-        "response.output_text.delta",
-        "response.completed",
-    ]
-    assert [event.sequence_number for event in events] == [0, 1, 2]
+    assert [event.sequence_number for event in events] == list(range(9))
+    assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
+    with client.responses.stream(model="outer", input="Hi") as stream:
+        assert "".join(one.delta for one in stream if one.type == "response.output_text.delta") == "Hello"
+        assert stream.get_final_response().output_text == "Hello"
 
 
 def test_a_stream_of_events_that_breaks_raises(client: OpenAI, url: str) -> None:
@@ -199,14 +100,14 @@ def test_a_stream_of_events_that_breaks_raises(client: OpenAI, url: str) -> None
         seen.extend(
             event.type for event in client.responses.create(model="outer", input="break", stream=True)
         )
-    assert seen == ["response.created", "response.output_text.delta"]
+    assert (len(seen), seen[-1]) == (5, "response.output_text.delta")
     assert caught.value.code == "STREAM_INTERRUPTED"
     body = {"model": "outer", "input": "break", "stream": True}
     last = httpx.post(f"{url}/v1/responses", json=body).text.split("\n\n")[-2]
     name, _, data = last.partition("\n")
     told = json.loads(data.removeprefix("data: "))
     assert (name, told["type"], told["code"]) == ("event: error", "error", "STREAM_INTERRUPTED")
-    assert told["sequence_number"] == 2
+    assert told["sequence_number"] == 5
 
 
 def test_a_client_that_leaves_ends_the_work(client: OpenAI, upstream: Upstream) -> None:
