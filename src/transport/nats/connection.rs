@@ -313,8 +313,8 @@ fn advice(kind: ConnectErrorKind) -> &'static str {
         }
         ConnectErrorKind::Tls => "correct nats.tls: the files that it names, or whether the server speaks TLS at all",
         _ => {
-            "start a nats-server there, correct nats.serverUrl, or set nats.mode to embedded (a server of our own) or none (local \
-             and HTTP workers only)"
+            "start a nats-server there, or correct nats.serverUrl; a controller may also have a server of its own (nats.mode: \
+             embedded), or none (local and HTTP workers only)"
         }
     }
 }
