@@ -1,6 +1,10 @@
 //! A body's fields, read one by one, so that an error names the field and never repeats what stood there.
 
-use serde::Deserialize;
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::error::Category;
 use serde_json::value::RawValue;
 
@@ -49,6 +53,9 @@ pub(super) struct Body<'a> {
     pub priority: Raw<'a>,
 }
 
+/// An object with its keys in their order and its values as they came.
+pub(super) struct Object<'a>(pub(super) Vec<(Cow<'a, str>, Cow<'a, RawValue>)>);
+
 // === impl Body ===
 
 impl<'a> Body<'a> {
@@ -73,6 +80,36 @@ impl<'a> Body<'a> {
                 error.column()
             )),
         })
+    }
+}
+
+// === impl Object ===
+
+impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Object<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                /// Borrows the key where it has no escapes.
+                #[derive(Deserialize)]
+                struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
+                let mut entries = Vec::with_capacity(4);
+                while let Some((key, value)) = map.next_entry::<Key<'de>, &'de RawValue>()? {
+                    entries.push((key.0, Cow::Borrowed(value)));
+                }
+                Ok(Object(entries))
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
     }
 }
 

@@ -1,19 +1,19 @@
 //! Messages as every worker takes them: contents that came in parts are joined; a part that is no text is refused.
 
 use std::borrow::Cow;
-use std::fmt;
 
-use serde::de::{MapAccess, Visitor};
 use serde::ser::SerializeMap;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-use super::body::{starts_with, unsuitable};
+use super::body::{Object, starts_with, unsuitable};
 use crate::error::ControllerError;
 use crate::wire::Json;
 
-/// A message with its keys in their order and its values as they came.
-struct Message<'a>(Vec<(Cow<'a, str>, Cow<'a, RawValue>)>);
+/// A message.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Message<'a>(#[serde(borrow)] Object<'a>);
 
 /// A part of a content.
 #[derive(Deserialize)]
@@ -75,42 +75,14 @@ fn join(name: &str, content: &RawValue) -> Result<String, ControllerError> {
 
 impl<'a> Message<'a> {
     fn content(&mut self) -> Option<&mut Cow<'a, RawValue>> {
-        self.0.iter_mut().find(|(key, _)| key == "content").map(|(_, value)| value)
-    }
-}
-
-impl<'de: 'a, 'a> Deserialize<'de> for Message<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-
-        impl<'de> Visitor<'de> for Entries {
-            type Value = Message<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a message")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                /// Borrows the key where it has no escapes.
-                #[derive(Deserialize)]
-                struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
-
-                let mut entries = Vec::with_capacity(4);
-                while let Some((key, value)) = map.next_entry::<Key<'de>, &'de RawValue>()? {
-                    entries.push((key.0, Cow::Borrowed(value)));
-                }
-                Ok(Message(entries))
-            }
-        }
-
-        deserializer.deserialize_map(Entries)
+        self.0.0.iter_mut().find(|(key, _)| key == "content").map(|(_, value)| value)
     }
 }
 
 impl Serialize for Message<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (key, value) in &self.0 {
+        let mut map = serializer.serialize_map(Some(self.0.0.len()))?;
+        for (key, value) in &self.0.0 {
             map.serialize_entry(key, &**value)?;
         }
         map.end()

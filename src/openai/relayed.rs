@@ -1,14 +1,11 @@
 //! Calls that go to a server as they came: no worker on NATS has words for them, and no codec of ours reads them.
 
-use std::fmt;
 use std::sync::Arc;
 
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::value::RawValue;
+use serde::Serialize;
 
 use super::append;
-use super::body::{self, Body, Raw};
+use super::body::{self, Body, Object, Raw};
 use super::error::ErrorAnswer;
 use super::request::{field, renamed, session};
 use crate::error::ControllerError;
@@ -19,12 +16,7 @@ use crate::wire::{InferenceRequest, Priority, Relayed, RelayedTo};
 pub struct RelayedCall {
     /// What is asked of the fleet. Valid, as far as it is read here.
     pub request: Arc<InferenceRequest>,
-    /// Whether the answer is wanted as it comes.
-    pub stream: bool,
 }
-
-/// The members of an object in their order, as they came.
-struct Members<'a>(Vec<(String, &'a RawValue)>);
 
 /// An event of the API's streams.
 #[derive(Serialize)]
@@ -68,7 +60,7 @@ impl RelayedCall {
             "priority" => priority.is_some(),
             _ => false,
         };
-        let Members(members) = serde_json::from_slice(bytes)
+        let Object(members) = serde_json::from_slice(bytes)
             .map_err(|_| ControllerError::validation("body", "is no JSON object whose keys are texts"))?;
         let mut sent = Vec::with_capacity(bytes.len());
         for (name, value) in members.iter().filter(|(name, _)| !is_ours(name)) {
@@ -90,7 +82,7 @@ impl RelayedCall {
             Some("model_id") => renamed(&error, "model_id", "model"),
             _ => error,
         })?;
-        Ok(Self { request: Arc::new(request), stream })
+        Ok(Self { request: Arc::new(request) })
     }
 }
 
@@ -115,28 +107,4 @@ pub fn relayed_error(error: &ControllerError, sequence_number: u64) -> Vec<u8> {
     append(&mut out, &event);
     out.extend_from_slice(b"\n\n");
     out
-}
-
-// === impl Members ===
-
-impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Members<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
-                let mut members = Vec::new();
-                while let Some(member) = map.next_entry()? {
-                    members.push(member);
-                }
-                Ok(Members(members))
-            }
-        }
-        deserializer.deserialize_map(Object)
-    }
 }

@@ -165,7 +165,7 @@ impl PyRelayedCall {
     /// Whether the answer is wanted as it comes.
     #[getter]
     fn stream(&self) -> bool {
-        self.0.stream
+        self.0.request.stream
     }
 
     /// The answer in one piece, as the server wrote it.

@@ -247,6 +247,6 @@ fn of_a_relayed_body_only_what_routing_needs_is_judged() {
     assert!(relayed(RelayedTo::Embeddings, "[]").is_err() && relayed(RelayedTo::Embeddings, "{").is_err());
     // Embeddings are never streams, and have no session.
     let call = relayed(RelayedTo::Embeddings, r#"{"model": "m", "stream": "yes", "user": "u"}"#).unwrap();
-    assert!(!call.stream && call.request.session_id.is_none());
-    assert!(relayed(RelayedTo::Responses, r#"{"model": "m", "stream": true}"#).unwrap().stream);
+    assert!(!call.request.stream && call.request.session_id.is_none());
+    assert!(relayed(RelayedTo::Responses, r#"{"model": "m", "stream": true}"#).unwrap().request.stream);
 }
